@@ -1,0 +1,62 @@
+"""Causal grouped-query attention, slow and obvious: here the scores do exist whole.
+
+Letters: B batch, Q query heads, K key-value heads (Q is a multiple of K), S positions, D head size. Query
+head q reads key-value head q // (Q/K). May import only torch and `precision`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybrid_kernels.precision import wide
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """Return ``softmax(scale * query @ key.T, over the positions up to one's own) @ value``.
+
+    Shapes:
+        query: (B, Q, S, D).  key: (B, K, S, D).  value: (B, K, S, D).  returns: (B, Q, S, D)
+
+    Numerics:
+        Computed in float32 (float64 for float64), rounded once to the format of ``query``. A NaN at
+        position s reaches the positions from s on, never those before it.
+    """
+    weights, _, _, value_wide = _weights(query, key, value, scale)
+    return (weights @ value_wide).to(query.dtype)
+
+
+def attention_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of ``query``, ``key`` and ``value``.
+
+    Shapes:
+        grad_out, query: (B, Q, S, D).  key, value: (B, K, S, D).  returns: as query, key, value
+    """
+    weights, query_wide, key_wide, value_wide = _weights(query, key, value, scale)
+    grad_wide = wide(grad_out)
+    grad_weights = grad_wide @ value_wide.mT
+    row_sums = (grad_weights * weights).sum(dim=-1, keepdim=True)
+    grad_scores = weights * (grad_weights - row_sums) * scale
+    grad_query = grad_scores @ key_wide
+    grad_key = _sum_groups(grad_scores.mT @ query_wide, key.shape[1])
+    grad_value = _sum_groups(weights.mT @ grad_wide, key.shape[1])
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def _weights(
+    query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the weights (B, Q, S, S) and the widened operands, key and value with a head a query head."""
+    group = query.shape[1] // key.shape[1]
+    query_wide = wide(query)
+    key_wide, value_wide = (wide(x).repeat_interleave(group, dim=1) for x in (key, value))
+    later = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).triu(diagonal=1)
+    scores = (query_wide @ key_wide.mT * scale).masked_fill(later, float("-inf"))
+    return torch.softmax(scores, dim=-1), query_wide, key_wide, value_wide
+
+
+def _sum_groups(x: Tensor, num_kv_heads: int) -> Tensor:
+    """Return (B, Q, S, D) summed over the query heads of each key-value head: (B, K, S, D)."""
+    return x.view(x.shape[0], num_kv_heads, -1, *x.shape[2:]).sum(dim=2)
