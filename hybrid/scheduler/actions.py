@@ -58,7 +58,9 @@ class Action:
         """
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
-            raise ScheduleError("no such action", value=text, valid="<stage><kind><microbatch>, like 2F0 or 1SEND_F3")
+            raise ScheduleError(
+                "no such action", value=text, valid="<stage><kind><microbatch>, like 2F0 or 1SEND_F3"
+            )
         return cls(int(match[1]), Kind(match[2]), int(match[3]))
 
 
@@ -87,5 +89,6 @@ class Schedule:
 
     def __str__(self) -> str:
         return "\n".join(
-            f"rank {rank}: " + " ".join(map(str, actions)) for rank, actions in enumerate(self.actions_of_rank)
+            f"rank {rank}: " + " ".join(map(str, actions))
+            for rank, actions in enumerate(self.actions_of_rank)
         )

@@ -1,0 +1,90 @@
+"""The named schedules: functions from sizes to compute actions.
+
+Pure: no torch, no clock, no network. A schedule made here holds only F, B, I and W; `lowering` adds the
+communication. In all of them a stage's backwards run in microbatch order, so that its gradients
+are summed in the order in which one process would sum them and come out with the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from hybrid.errors import ScheduleError
+from hybrid.scheduler.actions import Action, Kind, Schedule
+
+
+def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
+    """Return GPipe: every rank runs all its forwards, then all its backwards.
+
+    Holds: num_microbatches activations on every stage.
+
+    Source:
+        Huang et al. 2019, "GPipe: easy scaling with micro-batch pipeline parallelism" (there the
+        backwards run in reverse; here in order, for the sum's sake; the step takes as long).
+    """
+    check_sizes(num_stages, num_microbatches)
+    microbatches = range(num_microbatches)
+    return Schedule(
+        name="gpipe",
+        num_microbatches=num_microbatches,
+        rank_of_stage=tuple(range(num_stages)),
+        actions_of_rank=tuple(
+            tuple(Action(stage, kind, microbatch) for kind in (Kind.F, Kind.B) for microbatch in microbatches)
+            for stage in range(num_stages)
+        ),
+    )
+
+
+def one_f_one_b(num_stages: int, num_microbatches: int) -> Schedule:
+    """Return 1F1B: after its warm-up a rank runs forwards and backwards in turn.
+
+    Holds: min(num_stages - stage, num_microbatches) activations on a stage.
+
+    Source:
+        Narayanan et al. 2021, "Memory-efficient pipeline-parallel DNN training" (PipeDream-flush).
+    """
+    check_sizes(num_stages, num_microbatches)
+    return Schedule(
+        name="1f1b",
+        num_microbatches=num_microbatches,
+        rank_of_stage=tuple(range(num_stages)),
+        actions_of_rank=tuple(
+            _one_f_one_b_rank(stage, num_stages - stage - 1, num_microbatches) for stage in range(num_stages)
+        ),
+    )
+
+
+def _one_f_one_b_rank(stage: int, num_warmup: int, num_microbatches: int) -> tuple[Action, ...]:
+    num_warmup = min(num_warmup, num_microbatches)
+    actions = [Action(stage, Kind.F, microbatch) for microbatch in range(num_warmup)]
+    for microbatch in range(num_microbatches):
+        if microbatch + num_warmup < num_microbatches:
+            actions.append(Action(stage, Kind.F, microbatch + num_warmup))
+        actions.append(Action(stage, Kind.B, microbatch))
+    return tuple(actions)
+
+
+SCHEDULES: Mapping[str, Callable[[int, int], Schedule]] = MappingProxyType(
+    {"gpipe": gpipe, "1f1b": one_f_one_b}
+)
+"""Schedules by the name that a job file writes."""
+
+
+def build_schedule(name: str, num_stages: int, num_microbatches: int) -> Schedule:
+    """Return the compute-only schedule called `name`, one stage a rank.
+
+    Raises:
+        ScheduleError: no such name, or a size below one.
+    """
+    build = SCHEDULES.get(name)
+    if build is None:
+        raise ScheduleError("no such schedule", value=name, valid=SCHEDULES, fix="name one of these")
+    return build(num_stages, num_microbatches)
+
+
+def check_sizes(num_stages: int, num_microbatches: int) -> None:
+    """Raise ScheduleError when a size is below one."""
+    for name, value in (("num_stages", num_stages), ("num_microbatches", num_microbatches)):
+        if value < 1:
+            raise ScheduleError(f"{name} is below one", value=value, valid="1 or more")
