@@ -252,7 +252,9 @@ def load_job(path: Path) -> JobConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError("no such job file", value=str(path), fix="give the path of a job.yaml; see examples/") from None
+        raise ConfigError(
+            "no such job file", value=str(path), fix="give the path of a job.yaml; see examples/"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"job file cannot be read: {error}", where=str(path), fix="give a UTF-8 YAML file") from None
     try:
@@ -263,7 +265,9 @@ def load_job(path: Path) -> JobConfig:
         problem = getattr(error, "problem", None) or "not YAML"
         raise ConfigError(f"job file is not YAML: {problem}", where=f"{path}{line}", fix="mend that line") from None
     if not isinstance(raw, dict):
-        raise ConfigError("job file holds no mapping", where=str(path), valid=JobConfig.model_fields, fix="see examples/")
+        raise ConfigError(
+            "job file holds no mapping", where=str(path), valid=JobConfig.model_fields, fix="see examples/"
+        )
     return parse_job(raw, where=str(path), base=path.parent)
 
 
@@ -307,7 +311,9 @@ def _anchored(job: JobConfig, base: Path) -> JobConfig:
 def _config_error(error: ValidationError, where: str) -> ConfigError:
     """Turn pydantic's first complaint into one sentence, with the valid keys where a key is unknown."""
     first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function", "FleetConfig", "literal")))
+    key = ".".join(
+        str(part) for part in first["loc"] if not str(part).startswith(("function", "FleetConfig", "literal"))
+    )
     place = f"{where}: {key}" if key else where
     more = f" ({error.error_count() - 1} more after it)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":

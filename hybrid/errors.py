@@ -108,6 +108,15 @@ class MachineError(UserError):
 class TrainingDiverged(UserError):
     """The loss or a gradient is no longer finite."""
 
+    @classmethod
+    def at(cls, step: int, loss: float, grad_norm: float) -> TrainingDiverged:
+        """Return the error of a step whose loss or gradient norm is not finite."""
+        return cls(
+            f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; the weights before this step are unharmed",
+            valid="finite numbers",
+            fix="lower optimizer.learning_rate, lengthen optimizer.warmup_steps or lower optimizer.clip_norm",
+        )
+
 
 class DeviceError(HybridError):
     """A device refuses."""

@@ -1,0 +1,86 @@
+"""What ranks exchange at the end of a step: tied gradients, and each layer's sum of squares for the global norm.
+
+The sums go up the pipeline behind the last backwards, which end first on the last stage and last on the first, and come
+down ahead of the next step's first activations: on the critical path lies one small message, not a barrier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hybrid.models.stage import Stage, named_state, tied_parameters
+from hybrid.runtime.interpreter import host_bytes
+from hybrid.transports.base import Transport
+
+
+def add_tied_gradients(stage: Stage, edges: Mapping[int, Transport], *, step: int, timeout_s: float) -> None:
+    """Give both copies of a tied weight the sum of their gradients, the same bits on both.
+
+    Numerics:
+        (sum over microbatches of the head's) + (sum over microbatches of the embedding's), in this order.
+    """
+    names = tied_parameters(stage.config)
+    if names is None:
+        return
+    embedding, head = (named_state(stage).get(name) for name in names)
+    if embedding is not None and head is not None:
+        total = _grad(head) + _grad(embedding)
+        _grad(embedding).copy_(total)
+        _grad(head).copy_(total)
+        return
+    own = embedding if embedding is not None else head
+    if own is None:
+        return
+    # Of all edges only first and last stage share this one; it is the one to the highest or to rank 0.
+    edge = edges[max(edges)] if embedding is not None else edges[0]
+    tag = f"{step}/tied"
+    mine = _grad(own).contiguous()
+    other = torch.empty_like(mine)
+    receiving = edge.recv(tag, [host_bytes(other)])
+    sending = edge.send(tag, [host_bytes(mine)])
+    receiving.wait(timeout_s)
+    sending.wait(timeout_s)
+    # Addition of two numbers commutes bit for bit, so the order is the same on both ends.
+    _grad(own).add_(other)
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None, "a tied weight has no gradient after a step"
+    return parameter.grad
+
+
+def share_squares(
+    squares_of_layer: Mapping[int, float],
+    loss: float | None,
+    *,
+    rank: int,
+    num_ranks: int,
+    num_layers: int,
+    edges: Mapping[int, Transport],
+    step: int,
+    timeout_s: float,
+) -> tuple[list[float], float]:
+    """Return every layer's sum of squares and the last rank's loss, on every rank.
+
+    Cost:
+        2 messages of 8 (L + 1) bytes a rank.
+    """
+    row = np.zeros(num_layers + 1, dtype=np.float64)
+    view = memoryview(row.view(np.uint8))
+    if rank < num_ranks - 1:
+        edges[rank + 1].recv(f"{step}/up", [view]).wait(timeout_s)
+    for layer, square in squares_of_layer.items():
+        row[layer] = square
+    if loss is not None:
+        row[num_layers] = loss
+    if rank > 0:
+        edges[rank - 1].send(f"{step}/up", [view]).wait(timeout_s)
+        edges[rank - 1].recv(f"{step}/down", [view]).wait(timeout_s)
+    if rank < num_ranks - 1:
+        edges[rank + 1].send(f"{step}/down", [view]).wait(timeout_s)
+    values = row.tolist()
+    return values[:num_layers], values[num_layers]

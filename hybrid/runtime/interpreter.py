@@ -1,0 +1,203 @@
+"""The interpreter: walks one rank's actions of a step, over its stages and edges.
+
+The only place where a schedule's actions act. Receives are posted where the schedule says so, ahead of
+their use; sends are started and never waited for within the step; a compute action waits for its own input only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hybrid.errors import ScheduleError
+from hybrid.runtime.compute import StageCompute
+from hybrid.scheduler.actions import Action, Kind, Schedule
+from hybrid.transports.base import Pending, Transport
+
+Batch = Callable[[int], tuple[Tensor, Tensor]]
+"""Microbatch number to (token ids, targets), both (B, T) int64 on the host."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """When one compute action ran, in seconds of `time.monotonic`."""
+
+    action: Action
+    start_s: float
+    end_s: float
+
+
+@dataclass(slots=True, kw_only=True)
+class StepRecord:
+    """What a rank did in one step."""
+
+    start_s: float = 0.0
+    end_s: float = 0.0
+    spans: list[Span] = field(default_factory=list)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in compute actions."""
+        return sum(span.end_s - span.start_s for span in self.spans)
+
+
+def host_bytes(x: Tensor) -> memoryview:
+    """Return the bytes of a contiguous host tensor, without a copy."""
+    return memoryview(x.detach().view(-1).view(torch.uint8).numpy())
+
+
+@dataclass(slots=True)
+class _Posted:
+    pending: Pending
+    buffer: Tensor
+
+
+class Interpreter:
+    """Runs one rank's part of a schedule, step after step.
+
+    Args:
+        compute_of_stage: this rank's stages.
+        edge_of_rank: an open transport to every rank that this rank's actions name.
+        shape, dtype: of the activation between two stages, (B, T, H).
+        seconds_of: what the cost table says an action takes on the real chip.
+        timeout_s: the longest silence of a peer that is waited out.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        rank: int,
+        compute_of_stage: Mapping[int, StageCompute],
+        edge_of_rank: Mapping[int, Transport],
+        *,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        seconds_of: Callable[[Action], float],
+        timeout_s: float,
+    ) -> None:
+        self._actions = schedule.actions_of_rank[rank]
+        self._rank_of_stage = schedule.rank_of_stage
+        self._compute = compute_of_stage
+        self._edges = edge_of_rank
+        self._shape, self._dtype = shape, dtype
+        self._seconds_of = seconds_of
+        self._timeout_s = timeout_s
+        self._free: list[Tensor] = []
+        self._inputs: dict[tuple[int, int], Tensor] = {}
+        self._posted: dict[tuple[Kind, int, int], _Posted] = {}
+        self._local: dict[tuple[Kind, int, int], Tensor] = {}
+        self._sends: list[tuple[Pending, Tensor]] = []
+
+    def run(self, step: int, batch: Batch) -> StepRecord:
+        """Run every action of the step; gradients are left in the stages' parameters.
+
+        Raises:
+            CommTimeout, PeerLost: a neighbour was silent or has gone.
+            torch.OutOfMemoryError: the device's memory is exceeded.
+        """
+        record = StepRecord(start_s=time.monotonic())
+        earlier, self._sends = self._sends, []
+        with next(iter(self._compute.values())).context():
+            for action in self._actions:
+                self._do(action, step, batch, record)
+        # Sends of the step before have had a whole step to leave; these must have.
+        for pending, _ in earlier:
+            pending.wait(self._timeout_s)
+        record.end_s = time.monotonic()
+        return record
+
+    def _do(self, action: Action, step: int, batch: Batch, record: StepRecord) -> None:
+        match action.kind:
+            case Kind.RECV_F | Kind.RECV_B:
+                self._post(action, step)
+            case Kind.SEND_F | Kind.SEND_B:
+                self._send(action, step)
+            case Kind.F:
+                self._forward(action, batch, record)
+            case Kind.B:
+                self._backward(action, record)
+            case _:
+                raise ScheduleError("the worker runs no such action", value=str(action))
+
+    def _post(self, action: Action, step: int) -> None:
+        source = action.stage - 1 if action.kind is Kind.RECV_F else action.stage + 1
+        kind = Kind.F if action.kind is Kind.RECV_F else Kind.B
+        buffer = self._free.pop() if self._free else torch.empty(self._shape, dtype=self._dtype)
+        edge = self._edges[self._rank_of_stage[source]]
+        pending = edge.recv(_tag(kind, action, step), [host_bytes(buffer)])
+        self._posted[(kind, action.stage, action.microbatch)] = _Posted(pending, buffer)
+
+    def _send(self, action: Action, step: int) -> None:
+        target = action.stage + 1 if action.kind is Kind.SEND_F else action.stage - 1
+        kind = Kind.F if action.kind is Kind.SEND_F else Kind.B
+        # The receiver's name for the message: its own stage.
+        received = Action(target, kind, action.microbatch)
+        tensor = self._local.pop((kind, target, action.microbatch))
+        edge = self._edges[self._rank_of_stage[target]]
+        self._sends.append((edge.send(_tag(kind, received, step), [host_bytes(tensor)]), tensor))
+
+    def _take(self, kind: Kind, action: Action) -> tuple[Tensor, float | None]:
+        """Return the input of a compute action and when it landed, None where it was there already."""
+        key = (kind, action.stage, action.microbatch)
+        posted = self._posted.pop(key, None)
+        if posted is None:
+            if key not in self._local:
+                raise ScheduleError("an action's input was neither received nor computed here", value=str(action))
+            return self._local.pop(key), None
+        if posted.pending.done():
+            posted.pending.wait(self._timeout_s)
+            return posted.buffer, None
+        posted.pending.wait(self._timeout_s)
+        return posted.buffer, time.monotonic()
+
+    def _forward(self, action: Action, batch: Batch, record: StepRecord) -> None:
+        compute = self._compute[action.stage]
+        backend = compute.backend
+        ready_s: float | None = None
+        targets: Tensor | None = None
+        if compute.is_first or compute.is_last:
+            ids, targets = batch(action.microbatch)
+        if compute.is_first:
+            x = ids
+        else:
+            x, ready_s = self._take(Kind.F, action)
+            self._inputs[(action.stage, action.microbatch)] = x
+        start_s = time.monotonic()
+        out = backend.execute(
+            lambda: compute.forward(action.microbatch, backend.to_device(x), targets),
+            expected_s=self._seconds_of(action),
+            ready_s=ready_s,
+        )
+        record.spans.append(Span(action=action, start_s=start_s, end_s=time.monotonic()))
+        if out is not None:
+            self._local[(Kind.F, action.stage + 1, action.microbatch)] = backend.to_host(out)
+
+    def _backward(self, action: Action, record: StepRecord) -> None:
+        compute = self._compute[action.stage]
+        backend = compute.backend
+        grad: Tensor | None = None
+        ready_s: float | None = None
+        if not compute.is_last:
+            grad, ready_s = self._take(Kind.B, action)
+        start_s = time.monotonic()
+        out = backend.execute(
+            lambda: compute.backward(action.microbatch, None if grad is None else backend.to_device(grad)),
+            expected_s=self._seconds_of(action),
+            ready_s=ready_s,
+        )
+        record.spans.append(Span(action=action, start_s=start_s, end_s=time.monotonic()))
+        if out is not None:
+            self._local[(Kind.B, action.stage - 1, action.microbatch)] = backend.to_host(out)
+        if grad is not None and self._rank_of_stage[action.stage + 1] != self._rank_of_stage[action.stage]:
+            self._free.append(grad)
+        x = self._inputs.pop((action.stage, action.microbatch), None)
+        if x is not None and self._rank_of_stage[action.stage - 1] != self._rank_of_stage[action.stage]:
+            self._free.append(x)
+
+
+def _tag(kind: Kind, receiver: Action, step: int) -> str:
+    return f"{step}/{receiver.stage}{kind.value}{receiver.microbatch}"

@@ -1,0 +1,240 @@
+"""RayPlacement: one actor for each device rank, in a placement group. The only file that imports ray.
+
+Ray places, starts and watches the workers; no tensor and no step goes through it. A local Ray is started here and
+ended here; a Ray at an address is joined and left as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+from hybrid.hardware.discovery import NodeFacts
+from hybrid.hardware.fleet import Fleet, ray_bundle
+
+from hybrid.errors import FleetError, MachineError
+from hybrid.runtime.placement import OnGone, Placement, WorkerSpec
+
+_CLOSE_TIMEOUT_S = 10.0
+
+
+@final
+class RayPlacement(Placement):
+    """Workers as Ray actors.
+
+    Args:
+        fleet: its chips in rank order give the bundles.
+        num_ranks: the first so many chips are used.
+        address: a running Ray (`ray://…` clients are refused: the driver must be on the cluster); None starts one here.
+        timeout_s: the longest wait for the cluster and for the placement group.
+    """
+
+    def __init__(
+        self,
+        bundles: Sequence[Mapping[str, float]],
+        *,
+        address: str | None,
+        timeout_s: float,
+        threads_per_rank: int,
+        job_name: str,
+    ) -> None:
+        self._bundles = [dict(bundle) for bundle in bundles]
+        self._address, self._timeout_s = address, timeout_s
+        self._threads_per_rank, self._job_name = threads_per_rank, job_name
+        self._actors: list[Any] = []
+        self._group: Any = None
+        self._opened = False
+        self._closing = threading.Event()
+        self.host = "127.0.0.1"
+
+    def open(self) -> None:
+        import ray
+
+        if self._address is None:
+            self._start_local(ray)
+        else:
+            join_cluster(self._address, self._timeout_s)
+            self.host = ray.util.get_node_ip_address()
+        self._opened = True
+        self._check_resources(ray.cluster_resources())
+
+    def launch(self, specs: Sequence[WorkerSpec], on_gone: OnGone) -> None:
+        import ray
+        from ray.exceptions import GetTimeoutError
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        self._group = placement_group(self._bundles, strategy="PACK")
+        try:
+            ray.get(self._group.ready(), timeout=self._timeout_s)
+        except GetTimeoutError:
+            raise MachineError(
+                f"the cluster did not free the devices within {self._timeout_s:.0f} s",
+                value=_total(self._bundles),
+                fix="end the job that holds them, or raise runtime.placement_timeout_s",
+            ) from None
+        actor_class = ray.remote(_WorkerActor)
+        env = {"OMP_NUM_THREADS": str(self._threads_per_rank), "MKL_NUM_THREADS": str(self._threads_per_rank)}
+        refs: dict[Any, int] = {}
+        for index, spec in enumerate(specs):
+            bundle = dict(self._bundles[index])
+            actor = actor_class.options(
+                num_cpus=bundle.pop("CPU", 0),
+                num_gpus=bundle.pop("GPU", 0),
+                resources=bundle,
+                max_restarts=0,
+                name=f"{self._job_name}-{id(self):x}-rank-{spec.rank}",
+                runtime_env={"env_vars": env},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement_group=self._group, placement_group_bundle_index=index
+                ),
+            ).remote()
+            self._actors.append(actor)
+            refs[actor.run.remote(spec)] = spec.rank
+        watcher = threading.Thread(target=self._watch, args=(refs, on_gone), name="ray-watch", daemon=True)
+        watcher.start()
+
+    def close(self) -> None:
+        if not self._opened or self._closing.is_set():
+            return
+        import ray
+
+        self._closing.set()
+        for actor in self._actors:
+            with contextlib.suppress(Exception):
+                ray.kill(actor)
+        if self._group is not None and self._address is not None:
+            from ray.util.placement_group import remove_placement_group
+
+            with contextlib.suppress(Exception):
+                remove_placement_group(self._group)
+        ray.shutdown()
+
+    def _start_local(self, ray: Any) -> None:
+        total = _total(self._bundles)
+        num_cpus = max(1, int(total.pop("CPU", 0)))
+        num_gpus = int(total.pop("GPU", 0))
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                resources=total,
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=True,
+                logging_level=logging.ERROR,
+                object_store_memory=80 * 2**20,  # no tensor passes: Ray's minimum will do
+            )
+        except Exception as error:
+            raise MachineError(f"a local Ray did not start: {_first_line(error)}", fix="see `hybrid doctor`") from error
+
+    def _check_resources(self, have: Mapping[str, float]) -> None:
+        for name, wanted in sorted(_total(self._bundles).items()):
+            if have.get(name, 0.0) < wanted:
+                raise FleetError(
+                    f"the cluster has {have.get(name, 0.0):g} {name}, the fleet needs {wanted:g}",
+                    valid=", ".join(
+                        f"{key} {value:g}" for key, value in sorted(have.items()) if ":" not in key and key != "memory"
+                    ),
+                    fix="shrink the fleet, add nodes, or declare the resource when starting Ray",
+                )
+
+    def _watch(self, refs: dict[Any, int], on_gone: OnGone) -> None:
+        import ray
+
+        waiting = list(refs)
+        while waiting and not self._closing.is_set():
+            try:
+                done, waiting = ray.wait(waiting, num_returns=1, timeout=1.0)
+            except Exception:
+                return
+            for ref in done:
+                try:
+                    ray.get(ref, timeout=5.0)
+                    why = "it returned early"
+                except Exception as error:
+                    why = _first_line(error)
+                if not self._closing.is_set():
+                    on_gone(refs[ref], why)
+
+
+class _WorkerActor:
+    """The actor: its one long call runs the worker in the actor's main thread."""
+
+    def run(self, spec: WorkerSpec) -> None:
+        import dataclasses
+
+        from hybrid.runtime.worker import run_worker
+
+        if not spec.host:
+            import ray
+
+            spec = dataclasses.replace(spec, host=ray.util.get_node_ip_address())
+        run_worker(spec)
+
+
+def bundles_of(fleet: Fleet, num_ranks: int) -> list[Mapping[str, float]]:
+    """Return what the first `num_ranks` chips ask of Ray, in rank order."""
+    return [ray_bundle(island) for _, island, _ in list(fleet.chips())[:num_ranks]]
+
+
+def join_cluster(address: str, timeout_s: float) -> None:
+    """Connect to a running Ray.
+
+    Raises:
+        MachineError: nothing answers there.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address != "auto":
+        try:
+            socket.create_connection((host, int(port)), timeout=min(5.0, timeout_s)).close()
+        except (OSError, ValueError) as error:
+            raise MachineError(
+                f"no Ray answers there: {error}",
+                value=address,
+                fix="give HOST:PORT of the cluster's head, or leave --address out",
+            ) from None
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        raise MachineError(
+            f"no Ray answers there: {_first_line(error)}",
+            value=address,
+            fix="check the address and the version of Ray",
+        ) from None
+
+
+def nodes_of_cluster() -> list[NodeFacts]:
+    """Return the facts of every living node of the joined cluster."""
+    import ray
+
+    return [
+        NodeFacts(
+            node_id=node["NodeID"],
+            address=node["NodeManagerAddress"],
+            resources=dict(node["Resources"]),
+            labels=dict(node.get("Labels", {})),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def _total(bundles: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for bundle in bundles:
+        total.update(bundle)  # type: ignore[arg-type]
+    return dict(total)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,45 @@
+"""Warm-up of a stage: a few forwards and backwards on zeros, timed, before the job starts.
+
+It makes memory and kernels warm, counts what a microbatch holds from forward to backward, and tells what the stage costs
+this machine's CPU, from which the emulated chips' time scale follows.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from hybrid.config import Precision
+from hybrid.models.measure import measure_saved_bytes
+from hybrid.models.stage import boundary_dtype, boundary_shape
+from hybrid.runtime.compute import StageCompute
+
+_ROUNDS = 3
+
+
+def warm_up(compute: StageCompute, microbatch: int, precision: Precision) -> tuple[float, float]:
+    """Return the CPU seconds of one forward and one backward; sets `compute.saved_bytes`, leaves zero gradients.
+
+    CPU time, not wall time: all ranks warm up at once on the same cores.
+
+    Raises:
+        torch.OutOfMemoryError: not even one microbatch fits.
+    """
+    shape = boundary_shape(compute.stage.config, microbatch)
+    ids = torch.zeros(shape[:2], dtype=torch.int64)
+    boundary = torch.zeros(shape, dtype=boundary_dtype(precision))
+    compute.saved_bytes = measure_saved_bytes(compute.stage, microbatch=microbatch, precision=precision)
+    forward_s = backward_s = float("inf")
+    with compute.context():
+        for _ in range(_ROUNDS):
+            start = time.thread_time()
+            compute.forward(0, ids if compute.is_first else boundary, ids)
+            middle = time.thread_time()
+            compute.backward(0, None if compute.is_last else boundary)
+            forward_s = min(forward_s, middle - start)
+            backward_s = min(backward_s, time.thread_time() - middle)
+    compute.take_loss()
+    for parameter in compute.stage.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return forward_s, backward_s
