@@ -35,7 +35,7 @@ class Kind(StrEnum):
 
 
 COMPUTE = frozenset({Kind.F, Kind.B, Kind.I, Kind.W})
-_PATTERN = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)(\d+)")
+_PATTERN = re.compile(r"([0-9]+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -58,9 +58,7 @@ class Action:
         """
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
-            raise ScheduleError(
-                "no such action", value=text, valid="<stage><kind><microbatch>, like 2F0 or 1SEND_F3"
-            )
+            raise ScheduleError("no such action", value=text, valid="<stage><kind><microbatch>, like 2F0 or 1SEND_F3")
         return cls(int(match[1]), Kind(match[2]), int(match[3]))
 
 
@@ -89,6 +87,5 @@ class Schedule:
 
     def __str__(self) -> str:
         return "\n".join(
-            f"rank {rank}: " + " ".join(map(str, actions))
-            for rank, actions in enumerate(self.actions_of_rank)
+            f"rank {rank}: " + " ".join(map(str, actions)) for rank, actions in enumerate(self.actions_of_rank)
         )

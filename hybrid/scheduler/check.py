@@ -40,16 +40,12 @@ def check_schedule(schedule: Schedule) -> None:
 
 def _check_shape(schedule: Schedule) -> None:
     if schedule.num_microbatches < 1:
-        raise ScheduleError(
-            "a schedule needs a microbatch", value=schedule.num_microbatches, valid="1 or more"
-        )
+        raise ScheduleError("a schedule needs a microbatch", value=schedule.num_microbatches, valid="1 or more")
     if not schedule.rank_of_stage:
         raise ScheduleError("a schedule needs a stage", value=schedule.name)
     for stage, rank in enumerate(schedule.rank_of_stage):
         if not 0 <= rank < schedule.num_ranks:
-            raise ScheduleError(
-                f"stage {stage} is on no rank", value=rank, valid=f"0 to {schedule.num_ranks - 1}"
-            )
+            raise ScheduleError(f"stage {stage} is on no rank", value=rank, valid=f"0 to {schedule.num_ranks - 1}")
 
 
 def _positions(schedule: Schedule) -> dict[Action, int]:
@@ -89,9 +85,7 @@ def _check_local_order(schedule: Schedule, rank: int, action: Action, position: 
     for alternatives in local_needs(schedule, action):
         if not any(position.get(need, here) < here for need in alternatives):
             need = " or ".join(map(str, alternatives))
-            raise ScheduleError(
-                f"{action} stands before {need}, which it needs", where=f"rank {rank}, action {here}"
-            )
+            raise ScheduleError(f"{action} stands before {need}, which it needs", where=f"rank {rank}, action {here}")
 
 
 def _check_messages(schedule: Schedule, position: dict[Action, int]) -> None:

@@ -36,7 +36,7 @@ def layer_seconds(
 
     Raises:
         PlanError: efficiency or speed out of range, or no such precision.
-        FleetError: the chip does not have the precision.
+        UnsupportedFormat: the chip does not have the precision.
     """
     if not 0 < efficiency <= 1:
         raise PlanError("efficiency out of range", value=efficiency, valid="above 0, at most 1")
@@ -45,9 +45,11 @@ def layer_seconds(
     flops_per_s = chip.peak_flops(precision) * efficiency * speed
     bytes_per_s = chip.hbm_bytes_per_s * efficiency * speed
     weights = layer.num_parameters * bytes_of(precision)
-    moved = weights + layer.saved_activation_bytes + layer.output_bytes
-    forward_s = max(layer.forward_flops / flops_per_s, moved / bytes_per_s)
-    backward_s = max(layer.backward_flops / flops_per_s, 2 * moved / bytes_per_s)
+    activations = layer.saved_activation_bytes + layer.output_bytes
+    # A look-up reads its tokens' rows alone; its gradient is as large as the table.
+    forward_bytes = activations + (0 if layer.kind == "embedding" else weights)
+    forward_s = max(layer.forward_flops / flops_per_s, forward_bytes / bytes_per_s)
+    backward_s = max(layer.backward_flops / flops_per_s, 2 * (activations + weights) / bytes_per_s)
     return forward_s, backward_s
 
 
@@ -64,7 +66,5 @@ def bytes_of(precision: str) -> int:
     """
     size = BYTES_OF_PRECISION.get(precision)
     if size is None:
-        raise PlanError(
-            "no such precision", value=precision, valid=BYTES_OF_PRECISION, fix="name one of these"
-        )
+        raise PlanError("no such precision", value=precision, valid=BYTES_OF_PRECISION, fix="name one of these")
     return size

@@ -57,13 +57,7 @@ def peak_in_flight_of_stage(schedule: Schedule) -> tuple[int, ...]:
     """Return the most microbatches that each stage holds between their F and their B (or W)."""
     change = {Kind.F: 1, Kind.B: -1, Kind.W: -1}
     return tuple(
-        int(
-            _peak(
-                change.get(action.kind, 0)
-                for action in schedule.actions_of_rank[rank]
-                if action.stage == stage
-            )
-        )
+        int(_peak(change.get(action.kind, 0) for action in schedule.actions_of_rank[rank] if action.stage == stage))
         for stage, rank in enumerate(schedule.rank_of_stage)
     )
 

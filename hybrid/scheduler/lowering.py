@@ -38,9 +38,7 @@ def lower_communication(schedule: Schedule, *, receives_ahead: int = RECEIVES_AH
     check_schedule(schedule)
     lowered = replace(
         schedule,
-        actions_of_rank=tuple(
-            _lower_rank(schedule, actions, receives_ahead) for actions in schedule.actions_of_rank
-        ),
+        actions_of_rank=tuple(_lower_rank(schedule, actions, receives_ahead) for actions in schedule.actions_of_rank),
     )
     check_schedule(lowered)
     return lowered

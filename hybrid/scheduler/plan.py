@@ -133,10 +133,7 @@ class Plan:
             f"{self.job}: {self.model}, {self.num_layers} layers in {self.num_stages} stages, "
             f"{self.schedule}, {self.num_microbatches} microbatches of {self.microbatch} in {self.precision}"
         )
-        lines = [
-            f"{'stage':>5} {'device':<20} {'layers':<9} {'F ms':>10} {'B ms':>10} "
-            f"{'memory GiB':>16} {'idle':>6}"
-        ]
+        lines = [f"{'stage':>5} {'device':<20} {'layers':<9} {'F ms':>10} {'B ms':>10} {'memory GiB':>16} {'idle':>6}"]
         for stage, row in zip(self.stages, self.rows(), strict=True):
             memory = f"{stage.memory_bytes / 2**30:.3f}/{stage.memory_limit_bytes / 2**30:.1f}"
             lines.append(

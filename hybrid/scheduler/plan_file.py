@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_h
 import yaml
 
 from hybrid.errors import PlanError
+from hybrid.scheduler.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from hybrid.scheduler.plan import Plan
@@ -101,6 +102,22 @@ def check_consistent(plan: Plan, *, where: str) -> Plan:
     """
     _check_numbers([stage.stage for stage in plan.stages], f"{where}: stages", "stage")
     _check_numbers([edge.from_stage for edge in plan.edges], f"{where}: edges", "from_stage")
+    if plan.schedule not in SCHEDULES:
+        raise PlanError(
+            "no such schedule",
+            value=plan.schedule,
+            valid=SCHEDULES,
+            where=f"{where}: schedule",
+            fix="name one of these",
+        )
+    if plan.num_microbatches < 1:
+        raise PlanError(
+            "a step needs a microbatch",
+            value=plan.num_microbatches,
+            valid="1 or more",
+            where=f"{where}: num_microbatches",
+            fix="mend that value",
+        )
     if not plan.stages:
         raise PlanError("a plan needs a stage", where=f"{where}: stages", fix="make the plan anew")
     if len(plan.edges) != len(plan.stages) - 1:

@@ -160,7 +160,7 @@ def _plan_on(request: _Request, devices: tuple[Island, ...]) -> Plan:
 def _seconds(request: _Request, layer: LayerProfile, island: Island) -> tuple[float, float]:
     try:
         return layer_seconds(layer, island.chip, request.precision, request.efficiency, speed=island.speed)
-    except FleetError:
+    except UnsupportedFormat:
         raise UnsupportedFormat(
             f"chip {island.chip.name} of island {island.name} has no {request.precision}",
             value=request.precision,

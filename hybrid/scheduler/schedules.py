@@ -65,9 +65,7 @@ def _one_f_one_b_rank(stage: int, num_warmup: int, num_microbatches: int) -> tup
     return tuple(actions)
 
 
-SCHEDULES: Mapping[str, Callable[[int, int], Schedule]] = MappingProxyType(
-    {"gpipe": gpipe, "1f1b": one_f_one_b}
-)
+SCHEDULES: Mapping[str, Callable[[int, int], Schedule]] = MappingProxyType({"gpipe": gpipe, "1f1b": one_f_one_b})
 """Schedules by the name that a job file writes."""
 
 

@@ -13,8 +13,7 @@ from hybrid.errors import ScheduleError
 from hybrid.scheduler.actions import COMPUTE, Action, Kind, Schedule
 from hybrid.scheduler.timeline import Span, Timeline, Transfer
 
-_F, _B, _W = range(3)
-_PRODUCT_OF_KIND = {Kind.F: _F, Kind.B: _B, Kind.I: _B, Kind.W: _W}
+_NOT_YET = -1.0
 
 
 def no_seconds(action: Action) -> float:
@@ -52,7 +51,10 @@ def simulate(
 
 
 class _Execution:
-    """One run: how far each rank is, what exists since when, and who waits for what."""
+    """One run: how far each rank is, and since when each stage has what.
+
+    In the tables stage s, microbatch m stands at `s * num_microbatches + m`; below zero is not yet.
+    """
 
     def __init__(
         self,
@@ -63,110 +65,106 @@ class _Execution:
     ) -> None:
         self.schedule = schedule
         self.seconds_of, self.transfer_s, self.link_busy_s = seconds_of, transfer_s, link_busy_s
-        self.has_messages = any(
-            a.kind not in COMPUTE for actions in schedule.actions_of_rank for a in actions
-        )
+        self.has_messages = any(a.kind not in COMPUTE for row in schedule.actions_of_rank for a in row)
         self.next_of_rank = [0] * schedule.num_ranks
         self.now_of_rank = [0.0] * schedule.num_ranks
+        self.is_blocked = [False] * schedule.num_ranks
+        self.ready = list(range(schedule.num_ranks))[::-1]
         self.spans: list[list[Span]] = [[] for _ in range(schedule.num_ranks)]
         self.transfers: list[Transfer] = []
-        # A product is (kind, stage, microbatch); the time is when the stage that needs it next has it.
-        self.made_s: dict[tuple[int, int, int], float] = {}
-        self.arrived_s: dict[tuple[int, int, int], float] = {}
-        self.waiting: dict[tuple[int, int, int], int] = {}
         self.link_free_s: dict[tuple[int, int], float] = {}
-        self.ready = list(range(schedule.num_ranks))[::-1]
+        width = schedule.num_microbatches
+        size = schedule.num_stages * width
+        # The first stage has its inputs from the start, and the last one the gradients of the loss.
+        self.input_s = [0.0] * width + [_NOT_YET] * (size - width)
+        self.output_gradient_s = [_NOT_YET] * (size - width) + [0.0] * width
+        self.is_forward_done = [False] * size
+        self.is_backward_done = [False] * size
 
     def run(self) -> Timeline:
         while self.ready:
             self._advance(self.ready.pop())
-        if any(
-            index < len(a) for index, a in zip(self.next_of_rank, self.schedule.actions_of_rank, strict=True)
-        ):
+        if any(self.is_blocked):
             raise self._deadlock()
-        return Timeline(
-            schedule=self.schedule,
-            spans_of_rank=tuple(map(tuple, self.spans)),
-            transfers=tuple(self.transfers),
-        )
+        spans = tuple(map(tuple, self.spans))
+        return Timeline(schedule=self.schedule, spans_of_rank=spans, transfers=tuple(self.transfers))
 
     def _advance(self, rank: int) -> None:
         """Run a rank until it is done or waits for another."""
-        actions = self.schedule.actions_of_rank[rank]
-        while (index := self.next_of_rank[rank]) < len(actions):
+        actions, spans = self.schedule.actions_of_rank[rank], self.spans[rank]
+        width = self.schedule.num_microbatches
+        index, now_s = self.next_of_rank[rank], self.now_of_rank[rank]
+        while index < len(actions):
             action = actions[index]
-            if action.kind in COMPUTE:
-                start_s = self._start(action, rank)
-                if start_s is None:
-                    return
-                end_s = start_s + self.seconds_of(action)
-                self.now_of_rank[rank] = end_s
-                self.spans[rank].append(Span(action, start_s, end_s))
-                self._make(action, rank, end_s)
-            elif action.kind is Kind.SEND_F or action.kind is Kind.SEND_B:
-                self._send(action, rank)
-            self.next_of_rank[rank] = index + 1
+            kind = action.kind
+            if kind in COMPUTE:
+                place = action.stage * width + action.microbatch
+                ready_s = self._ready_s(kind, place)
+                if ready_s < 0.0:
+                    break
+                start_s = now_s if now_s > ready_s else ready_s
+                now_s = start_s + self.seconds_of(action)
+                spans.append(Span(action, start_s, now_s))
+                self._hand_on(action, place, rank, now_s)
+            elif kind is Kind.SEND_F or kind is Kind.SEND_B:
+                self._send(action, rank, now_s)
+            index += 1
+        self.next_of_rank[rank], self.now_of_rank[rank] = index, now_s
+        self.is_blocked[rank] = index < len(actions)
 
-    def _start(self, action: Action, rank: int) -> float | None:
-        """Return when an action can start; None, and the rank put down as waiting, when that is unknown."""
-        stage, microbatch = action.stage, action.microbatch
-        start_s = self.now_of_rank[rank]
-        for table, product in self._inputs(action.kind, stage, microbatch):
-            at_s = table.get(product)
-            if at_s is None:
-                self.waiting[product] = rank
-                return None
-            start_s = max(start_s, at_s)
-        return start_s
-
-    def _inputs(
-        self, kind: Kind, stage: int, microbatch: int
-    ) -> list[tuple[dict[tuple[int, int, int], float], tuple[int, int, int]]]:
+    def _ready_s(self, kind: Kind, place: int) -> float:
+        """Return since when a compute action has all that it needs, or `_NOT_YET`."""
         if kind is Kind.F:
-            return [(self.arrived_s, (_F, stage - 1, microbatch))] if stage else []
+            return self.input_s[place]
         if kind is Kind.W:
-            return [(self.made_s, (_B, stage, microbatch))]
-        own = (self.made_s, (_F, stage, microbatch))
-        if stage == self.schedule.num_stages - 1:
-            return [own]
-        return [own, (self.arrived_s, (_B, stage + 1, microbatch))]
+            return 0.0 if self.is_backward_done[place] else _NOT_YET
+        return self.output_gradient_s[place] if self.is_forward_done[place] else _NOT_YET
 
-    def _make(self, action: Action, rank: int, end_s: float) -> None:
-        product = (_PRODUCT_OF_KIND[action.kind], action.stage, action.microbatch)
-        self.made_s[product] = end_s
-        if action.kind is Kind.W:
-            return
-        target = action.stage + 1 if action.kind is Kind.F else action.stage - 1
-        if not 0 <= target < self.schedule.num_stages:
-            return
-        if self.schedule.rank_of_stage[target] == rank:
-            self._arrive(product, end_s)
-        elif not self.has_messages:
-            kind = Kind.SEND_F if action.kind is Kind.F else Kind.SEND_B
-            self._send(Action(action.stage, kind, action.microbatch), rank)
+    def _hand_on(self, action: Action, place: int, rank: int, now_s: float) -> None:
+        """Give a product to the stage that needs it: at once on the same rank, else by a message."""
+        width, rank_of_stage = self.schedule.num_microbatches, self.schedule.rank_of_stage
+        if action.kind is Kind.F:
+            self.is_forward_done[place] = True
+            if action.stage + 1 < len(rank_of_stage):
+                if rank_of_stage[action.stage + 1] == rank:
+                    self.input_s[place + width] = now_s
+                elif not self.has_messages:
+                    self._send(Action(action.stage, Kind.SEND_F, action.microbatch), rank, now_s)
+        elif action.kind is not Kind.W:
+            self.is_backward_done[place] = True
+            if action.stage > 0:
+                if rank_of_stage[action.stage - 1] == rank:
+                    self.output_gradient_s[place - width] = now_s
+                elif not self.has_messages:
+                    self._send(Action(action.stage, Kind.SEND_B, action.microbatch), rank, now_s)
 
-    def _send(self, send: Action, rank: int) -> None:
-        forward = send.kind is Kind.SEND_F
-        peer = self.schedule.rank_of_stage[send.stage + 1 if forward else send.stage - 1]
-        link = (rank, peer)
-        start_s = max(self.now_of_rank[rank], self.link_free_s.get(link, 0.0))
+    def _send(self, send: Action, rank: int, now_s: float) -> None:
+        table, target = self.input_s, send.stage + 1
+        if send.kind is Kind.SEND_B:
+            table, target = self.output_gradient_s, send.stage - 1
+        peer = self.schedule.rank_of_stage[target]
+        start_s = max(now_s, self.link_free_s.get((rank, peer), 0.0))
         end_s = start_s + self.transfer_s(send)
-        self.link_free_s[link] = start_s + self.link_busy_s(send)
+        self.link_free_s[rank, peer] = start_s + self.link_busy_s(send)
         self.transfers.append(Transfer(send, rank, peer, start_s, end_s))
-        self._arrive((_F if forward else _B, send.stage, send.microbatch), end_s)
-
-    def _arrive(self, product: tuple[int, int, int], at_s: float) -> None:
-        self.arrived_s[product] = at_s
-        rank = self.waiting.pop(product, None)
-        if rank is not None:
-            self.ready.append(rank)
+        table[target * self.schedule.num_microbatches + send.microbatch] = end_s
+        if self.is_blocked[peer]:
+            self.is_blocked[peer] = False
+            self.ready.append(peer)
 
     def _deadlock(self) -> ScheduleError:
         waits = []
-        for (kind, stage, microbatch), rank in sorted(self.waiting.items(), key=lambda item: item[1]):
-            action = self.schedule.actions_of_rank[rank][self.next_of_rank[rank]]
-            what = "activation" if kind == _F else "gradient"
-            waits.append(
-                f"rank {rank} at {action} waits for the {what} of stage {stage}, microbatch {microbatch}"
-            )
+        for rank, actions in enumerate(self.schedule.actions_of_rank):
+            if self.is_blocked[rank]:
+                action = actions[self.next_of_rank[rank]]
+                waits.append(f"rank {rank} at {action} waits for {self._missing(action)}")
         return ScheduleError("the ranks wait for one another: " + "; ".join(waits), value=self.schedule.name)
+
+    def _missing(self, action: Action) -> str:
+        place = action.stage * self.schedule.num_microbatches + action.microbatch
+        if action.kind is Kind.W:
+            return f"its own {Action(action.stage, Kind.I, action.microbatch)}"
+        if action.kind is not Kind.F and not self.is_forward_done[place]:
+            return f"its own {Action(action.stage, Kind.F, action.microbatch)}"
+        what, source = ("activation", -1) if action.kind is Kind.F else ("gradient", 1)
+        return f"the {what} of stage {action.stage + source}, microbatch {action.microbatch}"

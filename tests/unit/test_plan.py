@@ -1,0 +1,314 @@
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid.errors import PlanError, UnsupportedFormat
+from hybrid.scheduler.plan import EdgePlan, Plan, StagePlan
+from hybrid.scheduler.planner import plan
+from hybrid.scheduler.profile import LayerProfile, ModelProfile
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    name: str
+    flops_of_format: dict
+    hbm_bytes_per_s: float = 1e12
+
+    def peak_flops(self, precision):
+        if precision not in self.flops_of_format:
+            raise UnsupportedFormat("no such format", value=precision)
+        return self.flops_of_format[precision]
+
+
+@dataclass(frozen=True)
+class Island:
+    name: str
+    chip: Chip
+    num_chips: int = 1
+    memory_bytes: int = 16 * GIB
+    speed: float = 1.0
+    backend: str = "emulated"
+
+
+@dataclass(frozen=True)
+class Link:
+    bandwidth_bytes_per_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True)
+class Fleet:
+    islands: tuple
+    between: Link = Link(1e9, 1e-4)
+
+    def link(self, a, b):
+        return Link(1e11, 1e-6) if a == b else self.between
+
+
+SLOW = Chip("slow", {"fp32": 1e13, "bf16": 2e13})
+FAST = Chip("fast", {"fp32": 2e13, "bf16": 4e13, "fp8": 8e13})
+MIXED = Fleet((Island("left", SLOW, 2), Island("right", FAST, 2)))
+
+
+def model(num_blocks=10, *, num_parameters=10_000_000, saved=4_000_000) -> ModelProfile:
+    def layer(name, kind, flops):
+        return LayerProfile(
+            name=name,
+            kind=kind,
+            num_parameters=num_parameters,
+            forward_flops=flops,
+            backward_flops=2 * flops,
+            saved_activation_bytes=saved,
+            output_bytes=1_000_000,
+        )
+
+    blocks = [layer(f"block {index}", "block", 1e11) for index in range(num_blocks)]
+    return ModelProfile(
+        model="toy",
+        microbatch=4,
+        sequence_length=128,
+        precision="bf16",
+        bytes_per_parameter=16,
+        source="analytic",
+        layers=(layer("embedding", "embedding", 1e6), *blocks, layer("head", "head", 2e11)),
+    )
+
+
+def plan_toy(profile=None, fleet=MIXED, **changes) -> Plan:
+    request = {"schedule": "1f1b", "num_microbatches": 8, "precision": "bf16", "efficiency": 0.5}
+    return plan(profile or model(), fleet, **{**request, **changes})
+
+
+def test_each_chip_gets_a_stage_in_the_fleets_order():
+    found = plan_toy()
+    assert [stage.island for stage in found.stages] == ["left", "left", "right", "right"]
+    assert [stage.rank for stage in found.stages] == [0, 1, 2, 3]
+    assert found.stages[0].first_layer == 0
+    assert found.stages[-1].end_layer == 12
+    assert [a.end_layer for a in found.stages[:-1]] == [b.first_layer for b in found.stages[1:]]
+
+
+def test_a_chip_twice_as_fast_gets_twice_the_layers():
+    # The embedding costs next to nothing and the head as much as two blocks.
+    found = plan_toy(model(10))
+    assert [len(stage.layers) for stage in found.stages] == [1 + 2, 2, 4, 2 + 1]
+    assert max(s.forward_s + s.backward_s for s in found.stages) == pytest.approx(0.06, rel=0.01)
+
+
+def test_the_predicted_step_is_the_simulated_one():
+    found = plan_toy()
+    timeline = found.simulate()
+    assert found.step_s == timeline.step_s > 8 * max(s.forward_s + s.backward_s for s in found.stages)
+    assert found.idle_share == timeline.idle_share
+
+
+def test_edges_take_the_link_of_their_islands():
+    found = plan_toy()
+    assert [edge.transfer_s for edge in found.edges] == pytest.approx([1.1e-5, 1.1e-3, 1.1e-5])
+    assert found.link_busy_s(found.simulate().transfers[0].action) == pytest.approx(1e-5)
+
+
+def test_memory_counts_parameters_activations_in_flight_and_buffers():
+    found = plan_toy(fleet=Fleet((Island("a", FAST, 2),)), num_microbatches=8)
+    layers = [len(stage.layers) for stage in found.stages]
+    # The first stage of two holds two microbatches, the last one; 2 receives are posted ahead.
+    in_flight = [2, 1]
+    for stage, count, held in zip(found.stages, layers, in_flight, strict=True):
+        bare = count * (10_000_000 * 16 + held * 4_000_000)
+        assert 0 < stage.memory_bytes - bare <= 4 * 1_000_000
+
+
+def test_gpipe_needs_more_memory_than_1f1b():
+    gpipe, one_f_one_b = plan_toy(schedule="gpipe"), plan_toy()
+    assert gpipe.stages[-1].memory_bytes > one_f_one_b.stages[-1].memory_bytes
+
+
+def test_layers_move_away_from_a_chip_without_memory():
+    small = Fleet((Island("small", FAST, 1, memory_bytes=GIB // 2), Island("large", FAST, 1)))
+    found = plan_toy(fleet=small)
+    assert len(found.stages[0].layers) < len(found.stages[1].layers)
+    assert all(stage.memory_bytes <= stage.memory_limit_bytes for stage in found.stages)
+
+
+def test_a_model_that_does_not_fit_names_the_missing_bytes_and_they_suffice():
+    def fleet(memory_bytes):
+        return Fleet((Island("a", FAST, 2, memory_bytes=memory_bytes),))
+
+    with pytest.raises(PlanError, match=r"stage \d.*misses [\d,]+ bytes") as caught:
+        plan_toy(fleet=fleet(GIB // 2))
+    missing = int(str(caught.value).split("misses ")[1].split(" bytes")[0].replace(",", ""))
+    with pytest.raises(PlanError):
+        plan_toy(fleet=fleet(GIB // 2 + missing - 1))
+    assert plan_toy(fleet=fleet(GIB // 2 + missing)).num_stages == 2
+
+
+def test_fewer_stages_than_chips_take_the_fastest_neighbours():
+    assert {stage.island for stage in plan_toy(num_stages=2).stages} == {"right"}
+    assert [stage.island for stage in plan_toy(num_stages=3).stages] == ["left", "right", "right"]
+
+
+def test_a_window_that_does_not_fit_is_passed_over():
+    fleet = Fleet((Island("large", SLOW, 2), Island("tiny", FAST, 2, memory_bytes=1000)))
+    assert {stage.island for stage in plan_toy(fleet=fleet, num_stages=2).stages} == {"large"}
+
+
+def test_one_stage_needs_no_edge():
+    found = plan_toy(num_stages=1)
+    assert (found.num_stages, found.edges, found.idle_share) == (1, (), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_stages": 5}, r"got 5.*1 to 4"),
+        ({"num_stages": 0}, r"got 0.*1 to 4"),
+        ({"schedule": "2f2b"}, r"got '2f2b'.*1f1b"),
+        ({"num_microbatches": 0}, "num_microbatches is below one"),
+        ({"profile": model(1)}, r"4 chips but only 3 layers.*num_stages 1 to 3"),
+        ({"efficiency": 2.0}, "efficiency"),
+        ({"fleet": Fleet(())}, "chip"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_refused(changes, message):
+    with pytest.raises(PlanError, match=message):
+        plan_toy(**changes)
+
+
+def test_a_chip_without_the_precision_is_named_with_its_formats():
+    with pytest.raises(UnsupportedFormat, match=r"chip slow of island left has no fp8.*bf16, fp32"):
+        plan_toy(precision="fp8")
+
+
+@st.composite
+def plans(draw) -> Plan:
+    numbers = st.floats(0, 1e6, allow_nan=False)
+    words = st.text(min_size=1, max_size=8)
+    num_stages = draw(st.integers(1, 3))
+    ends = [0]
+    stages = []
+    for stage in range(num_stages):
+        ends.append(ends[-1] + draw(st.integers(1, 9)))
+        memory_bytes = draw(st.integers(0, 2**50))
+        stages.append(
+            StagePlan(
+                stage=stage,
+                rank=stage,
+                island=draw(words),
+                chip=draw(words),
+                backend=draw(words),
+                first_layer=ends[-2],
+                end_layer=ends[-1],
+                forward_s=draw(numbers),
+                backward_s=draw(numbers),
+                memory_bytes=memory_bytes,
+                memory_limit_bytes=memory_bytes + draw(st.integers(0, 99)),
+            )
+        )
+    edges = [
+        EdgePlan(
+            from_stage=stage,
+            to_stage=stage + 1,
+            size_bytes=draw(st.integers(0, 2**40)),
+            transfer_s=draw(numbers),
+            latency_s=0.0,
+        )
+        for stage in range(num_stages - 1)
+    ]
+    return Plan(
+        job=draw(words),
+        model=draw(words),
+        num_layers=ends[-1],
+        schedule="1f1b",
+        num_microbatches=draw(st.integers(1, 99)),
+        microbatch=draw(st.integers(1, 99)),
+        precision="bf16",
+        source=draw(words),
+        step_s=draw(numbers),
+        idle_share=draw(st.floats(0, 1)),
+        stages=tuple(stages),
+        edges=tuple(edges),
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(plans())
+def test_a_plan_reads_back_from_its_yaml(one):
+    assert Plan.from_yaml(one.to_yaml()) == one
+    assert one.diff(Plan.from_yaml(one.to_yaml())) == []
+
+
+def edited(**changes) -> str:
+    raw = yaml.safe_load(plan_toy().to_yaml())
+    for path, value in changes.items():
+        *parents, key = (int(part) if part.isdigit() else part for part in path.split("__"))
+        target = raw
+        for parent in parents:
+            target = target[parent]
+        if value is None:
+            del target[key]
+        else:
+            target[key] = value
+    return yaml.safe_dump(raw)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (edited(version=2), r"unknown plan version \(got 2\); valid: 1"),
+        (edited(version=None), "unknown plan version"),
+        (edited(colour="red"), r"unknown key \(got 'colour'\); valid: job, model"),
+        (edited(stages__1__colour="red"), r"mine.yaml: stages\[1\]: unknown key \(got 'colour'\)"),
+        (edited(job=None), "key 'job' is missing"),
+        (edited(stages__0__rank="0"), r"stages\[0\]: rank: not a whole number \(got '0'\)"),
+        (edited(num_microbatches=2.5), "num_microbatches: not a whole number"),
+        (edited(num_microbatches=True), "num_microbatches: not a whole number"),
+        (edited(step_s="fast"), "step_s: not a number"),
+        (edited(step_s=-1.0), "step_s: not zero or more"),
+        (edited(step_s=float("nan")), "step_s: not zero or more"),
+        (edited(model=7), "model: not a text"),
+        (edited(stages={}), "stages: not a list"),
+        (edited(stages=[]), "needs a stage"),
+        (edited(stages__0=7), r"stages\[0\]: not a mapping"),
+        (edited(edges=[]), "4 stages need 3 edges"),
+        (edited(stages__1__stage=3), "stage out of order"),
+        (edited(stages__1__first_layer=0), "first_layer must follow"),
+        (edited(stages__3__end_layer=1), "a stage needs a layer"),
+        (edited(num_layers=99), "another number of layers"),
+        (edited(stages__2__memory_limit_bytes=1000), r"stage 2 lacks [\d,]+ bytes"),
+        (edited(schedule="2f2b"), "no such schedule"),
+        (edited(num_microbatches=0), "num_microbatches"),
+        ("[1, 2", "line 1: not YAML"),
+        ("7", "not a mapping"),
+    ],
+)
+def test_a_wrong_plan_file_is_refused_with_its_key(text, message):
+    with pytest.raises(PlanError, match=message):
+        Plan.from_yaml(text, where="mine.yaml")
+
+
+def test_a_diff_names_what_changed():
+    one = plan_toy()
+    other = replace(one, schedule="gpipe", stages=(replace(one.stages[0], chip="new"), *one.stages[1:]))
+    assert one.diff(other) == ["schedule: 1f1b -> gpipe", "stages[0].chip: slow -> new"]
+    assert "stages: 4 entries -> 2" in one.diff(plan_toy(num_stages=2))
+
+
+def test_rows_hold_every_field_of_a_stage_and_its_edge():
+    found = plan_toy()
+    rows = found.rows()
+    assert len(rows) == 4
+    assert {field.name for field in fields(StagePlan)} < set(rows[0])
+    assert rows[0]["send_bytes"] == 1_000_000
+    assert rows[3]["send_bytes"] == 0
+
+
+def test_a_plan_prints_as_a_table():
+    lines = str(plan_toy()).split("\n")
+    assert len(lines) == 1 + 1 + 4 + 1
+    assert "uncalibrated" in lines[-1]
+    assert max(map(len, lines)) <= 110
