@@ -181,6 +181,8 @@ class EvaluateConfig(_Frozen):
 class RuntimeConfig(_Frozen):
     """How the job runs, not what it computes."""
 
+    placement: Literal["ray", "threads"] = "ray"
+    """`ray`: one process a rank; `threads`: all ranks in this process, for tests and debugging."""
     transport: Literal["zmq", "inproc"] = "zmq"
     zmq_medium: Literal["ipc", "tcp"] = "tcp"
     threads_per_rank: Positive = 1
@@ -190,6 +192,12 @@ class RuntimeConfig(_Frozen):
     placement_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     coordinator_port: Annotated[int, Field(ge=0, lt=65536)] = 0
     """0 takes a free port."""
+
+    @model_validator(mode="after")
+    def _inproc_is_one_process(self) -> RuntimeConfig:
+        if self.transport == "inproc" and self.placement != "threads":
+            raise ValueError("transport `inproc` joins threads of one process; set placement: threads, or transport: zmq")
+        return self
 
 
 class EmulationConfig(_Frozen):

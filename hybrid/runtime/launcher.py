@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
-from hybrid.hardware.discovery import NodeFacts
-from hybrid.hardware.fleet import Fleet, ray_bundle
+from hybrid.hardware.discovery import NodeFacts, ray_bundle
+from hybrid.hardware.fleet import Fleet
 
 from hybrid.errors import FleetError, MachineError
 from hybrid.runtime.placement import OnGone, Placement, WorkerSpec
+from hybrid.scheduler.plan import Plan
 
 _CLOSE_TIMEOUT_S = 10.0
 
@@ -28,8 +29,7 @@ class RayPlacement(Placement):
     """Workers as Ray actors.
 
     Args:
-        fleet: its chips in rank order give the bundles.
-        num_ranks: the first so many chips are used.
+        bundles: what each rank's device asks of Ray, in rank order.
         address: a running Ray (`ray://…` clients are refused: the driver must be on the cluster); None starts one here.
         timeout_s: the longest wait for the cluster and for the placement group.
     """
@@ -50,7 +50,10 @@ class RayPlacement(Placement):
         self._group: Any = None
         self._opened = False
         self._closing = threading.Event()
+        self.owns_process = True
+        # A local Ray is on this machine alone: nothing need be reachable from outside it.
         self.host = "127.0.0.1"
+        self.worker_host = "127.0.0.1" if address is None else ""
 
     def open(self) -> None:
         import ray
@@ -179,9 +182,9 @@ class _WorkerActor:
         run_worker(spec)
 
 
-def bundles_of(fleet: Fleet, num_ranks: int) -> list[Mapping[str, float]]:
-    """Return what the first `num_ranks` chips ask of Ray, in rank order."""
-    return [ray_bundle(island) for _, island, _ in list(fleet.chips())[:num_ranks]]
+def bundles_of(fleet: Fleet, plan: Plan) -> list[Mapping[str, float]]:
+    """Return what each of the plan's ranks asks of Ray, in rank order."""
+    return [ray_bundle(fleet.island(stage.island)) for stage in sorted(plan.stages, key=lambda stage: stage.rank)]
 
 
 def join_cluster(address: str, timeout_s: float) -> None:

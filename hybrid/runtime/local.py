@@ -14,6 +14,8 @@ class ThreadPlacement(Placement):
     """Workers as threads; they end by themselves once one of them fails, since their edges then break."""
 
     host = "127.0.0.1"
+    worker_host = "127.0.0.1"
+    owns_process = False
 
     def __init__(self, *, threads_per_rank: int) -> None:
         self._threads: list[threading.Thread] = []

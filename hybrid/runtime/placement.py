@@ -34,7 +34,6 @@ class WorkerSpec:
     run_dir: Path
     resume: Path | None
     """The checkpoint to start from."""
-    data_digest: str
     host: str
     """The address at which peers reach this worker; empty lets the placement choose."""
     owns_process: bool
@@ -46,6 +45,10 @@ class Placement(ABC):
 
     host: str
     """The address at which workers reach the driver."""
+    worker_host: str
+    """The address at which a worker's peers reach it; empty lets each worker find its node's."""
+    owns_process: bool
+    """Whether each worker has a process of its own."""
 
     @abstractmethod
     def open(self) -> None:

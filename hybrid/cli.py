@@ -1,0 +1,144 @@
+"""The command line: `hybrid doctor | plan | train | submit | bench | export`.
+
+Thin: parses words, calls `hybrid.commands`, turns errors into one line and an exit code. Imports neither torch nor
+Ray nor pydantic before a command needs them, so that `hybrid --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from hybrid.errors import HybridError
+
+_STARTED_S = time.monotonic()
+
+app = typer.Typer(
+    name="hybrid",
+    help="Train one model across AWS Trainium and NVIDIA GPUs as one job.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench_app = typer.Typer(help="Measure; every figure beside what one would use instead.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+Job = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (YAML); see examples/.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+Address = Annotated[str | None, typer.Option("--address", help="HOST:PORT of a running Ray, or `auto`.")]
+Override = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job: `--set batch.microbatch=2`.")
+]
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Check each backend, each transport and Ray: PASS, or why not."""
+    from hybrid.commands.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(as_json=json))
+
+
+@app.command()
+def plan(job: Job, address: Address = None, json: Json = False, override: Override = None) -> None:
+    """Print where each layer goes and the simulated step; take no device."""
+    from hybrid.commands.plan import run_plan
+
+    run_plan(job, address=address, as_json=json, overrides=override or [])
+
+
+@app.command()
+def train(
+    job: Job,
+    address: Address = None,
+    reference: Annotated[bool, typer.Option("--reference", help="The same job in one process, no pipeline.")] = False,
+    resume: Annotated[Path | None, typer.Option("--resume", help="A run folder or a checkpoint.")] = None,
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan (YAML) to run instead of the planner's.")] = None,
+    json: Json = False,
+    override: Override = None,
+) -> None:
+    """Train a job on its fleet."""
+    from hybrid.commands.train import run_train
+
+    run_train(
+        job,
+        address=address,
+        reference=reference,
+        resume=resume,
+        plan_file=plan_file,
+        as_json=json,
+        overrides=override or [],
+        started_s=_STARTED_S,
+    )
+
+
+@app.command()
+def submit(
+    job: Job,
+    address: Annotated[str, typer.Option("--address", help="URL of the cluster's dashboard: http://HOST:8265.")],
+    override: Override = None,
+) -> None:
+    """Run a job by Ray Jobs on a cluster; follow its log; return its exit status."""
+    from hybrid.commands.submit import run_submit
+
+    raise typer.Exit(run_submit(job, address=address, overrides=override or []))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a checkpoint.")],
+    to: Annotated[Path, typer.Option("--to", help="The folder to make.")],
+) -> None:
+    """Write a run's weights as one safetensors file, with its config and tokenizer."""
+    from hybrid.commands.export import run_export
+
+    run_export(run, to=to)
+
+
+@bench_app.command("pipeline")
+def bench_pipeline(
+    json: Json = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer repeats; done within 50 s.")] = False,
+) -> None:
+    """One process, torch's 1F1B and ours side by side; emulated ranks against the simulated step."""
+    from hybrid.commands.bench import run_bench
+
+    run_bench("pipeline", as_json=json, quick=quick)
+
+
+def main() -> None:
+    """Run the command line; the entry point of the script `hybrid`."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = app(standalone_mode=False)
+    except HybridError as error:
+        print(f"hybrid: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("hybrid: interrupted; everything that was started is ended", file=sys.stderr)
+        raise SystemExit(130) from None
+    except typer.Abort:
+        raise SystemExit(130) from None
+    except Exception as error:
+        exit_code = getattr(error, "exit_code", None)  # click's usage errors
+        if exit_code is None or not hasattr(error, "format_message"):
+            raise
+        error.show()  # type: ignore[attr-defined]
+        raise SystemExit(exit_code) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # A SIGTERM is an orderly end: the same clean-up as Ctrl-C.
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

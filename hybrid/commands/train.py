@@ -1,0 +1,97 @@
+"""`hybrid train`: check, plan, place, train, and say how it went."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from hybrid.commands.job import fleet_of, plan_of, read_job
+from hybrid.commands.plan import print_plan, seconds
+from hybrid.config import JobConfig
+from hybrid.hardware.fleet import Fleet
+from hybrid.observe.terminal import open_progress
+from hybrid.runtime.placement import Placement
+from hybrid.runtime.trainer import Summary, train, train_in_one_process
+from hybrid.scheduler.plan import Plan
+
+
+def run_train(
+    path: Path,
+    *,
+    address: str | None,
+    reference: bool,
+    resume: Path | None,
+    plan_file: Path | None,
+    as_json: bool,
+    overrides: Sequence[str],
+    started_s: float,
+) -> None:
+    """Train a job; progress goes to standard error under --json, so that standard output holds the summary alone."""
+    job = read_job(path, overrides)
+    console = Console(stderr=as_json)
+    if reference:
+        with open_progress(console, job, num_ranks=1, quiet=as_json) as sink:
+            summary = train_in_one_process(job, resume=resume, sink=sink, started_s=started_s)
+    else:
+        job, fleet = fleet_of(job, address)
+        plan = plan_of(job, fleet, plan_file)
+        if not as_json:
+            print_plan(plan, console)
+        placement = open_placement(job, fleet, plan, address)
+        with open_progress(console, job, num_ranks=plan.num_stages, quiet=as_json) as sink:
+            summary = train(job, fleet, plan, placement, resume=resume, sink=sink, started_s=started_s)
+    if as_json:
+        print(json.dumps(asdict(summary)))
+        sys.stdout.flush()
+    else:
+        print_summary(summary, console)
+
+
+def open_placement(job: JobConfig, fleet: Fleet, plan: Plan, address: str | None) -> Placement:
+    """Return where the job's workers will run; nothing is started yet."""
+    if job.runtime.placement == "threads":
+        from hybrid.runtime.local import ThreadPlacement
+
+        return ThreadPlacement(threads_per_rank=job.runtime.threads_per_rank)
+    from hybrid.runtime.launcher import RayPlacement, bundles_of
+
+    return RayPlacement(
+        bundles_of(fleet, plan),
+        address=address,
+        timeout_s=job.runtime.placement_timeout_s,
+        threads_per_rank=job.runtime.threads_per_rank,
+        job_name=job.name,
+    )
+
+
+def print_summary(summary: Summary, console: Console) -> None:
+    """Print how a run ended."""
+    lines = [f"run        {summary.run}"]
+    if summary.final_loss is not None:
+        lines.append(f"steps      {summary.steps}, final training loss {summary.final_loss:.4f}")
+    if summary.held_out_loss is not None:
+        below = summary.unigram_entropy - summary.held_out_loss
+        lines.append(
+            f"held out   loss {summary.held_out_loss:.4f} nats a token; unigram entropy {summary.unigram_entropy:.4f} "
+            f"({abs(below):.4f} {'below' if below > 0 else 'ABOVE'} it)"
+        )
+    if summary.step_s is not None and summary.tokens_per_s is not None:
+        lines.append(f"speed      {summary.tokens_per_s:,.0f} tokens/s, {seconds(summary.step_s)} a step (median)")
+    if summary.step_s is not None and summary.predicted_step_s is not None:
+        off = summary.step_s / summary.predicted_step_s - 1
+        lines.append(
+            f"predicted  {seconds(summary.predicted_step_s)} a step at time scale {summary.time_scale:g}; measured {off:+.1%}"
+        )
+    if len(summary.idle_share_of_rank) > 1:
+        lines.append("idle       " + ", ".join(f"rank {r} {share:.0%}" for r, share in enumerate(summary.idle_share_of_rank)))
+    if summary.first_step_s is not None:
+        phases = ", ".join(f"{name} {at:.1f}" for name, at in summary.phases.items())
+        lines.append(f"start-up   first step after {summary.first_step_s:.1f} s ({phases})")
+    if summary.checkpoint is not None:
+        lines.append(f"checkpoint {summary.checkpoint}")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

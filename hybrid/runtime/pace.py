@@ -1,0 +1,56 @@
+"""The emulation's time scale: how many wall seconds one second of a real chip takes.
+
+Pure: decides from what the ranks measured; see `EmulatedBackend` for what it is used for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from hybrid.scheduler.plan import Plan
+
+_SHARE_OF_ACTION = 0.6
+"""Of an action's paced time, what the CPU may take when the rank has a core for itself."""
+_SHARE_OF_CORES = 0.7
+"""Of all cores' time, what the ranks' arithmetic may take together; the rest is Python, wires and the system."""
+
+
+def time_scale(
+    plan: Plan,
+    forward_s_of_rank: Sequence[float],
+    backward_s_of_rank: Sequence[float],
+    *,
+    wanted: float | Literal["auto"],
+    pace: bool,
+    num_cores: int,
+) -> float:
+    """Return the job's time scale; 0 where nothing is paced.
+
+    `auto` is the smallest scale at which this machine keeps up: every action's arithmetic fits its paced time, and all ranks'
+    arithmetic together fits the cores. Two significant digits, rounded up, so that a re-run gets the same.
+    """
+    emulated = [stage for stage in plan.stages if stage.backend == "emulated"]
+    if not pace or not emulated:
+        return 0.0
+    if wanted != "auto":
+        return wanted
+    least = max(
+        max(
+            forward_s_of_rank[stage.rank] / stage.forward_s,
+            backward_s_of_rank[stage.rank] / stage.backward_s,
+        )
+        / _SHARE_OF_ACTION
+        for stage in emulated
+    )
+    slowest_s = max(stage.forward_s + stage.backward_s for stage in emulated)
+    total_s = sum(forward_s_of_rank) + sum(backward_s_of_rank)
+    crowded = total_s / num_cores / _SHARE_OF_CORES / slowest_s
+    return _round_up(max(least, crowded))
+
+
+def _round_up(value: float) -> float:
+    """Round up to two significant digits."""
+    digits = f"{value:.1e}"
+    rounded = float(digits)
+    return rounded if rounded >= value else rounded + float("0.1e" + digits.partition("e")[2])
