@@ -34,7 +34,8 @@ Job = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (YAML); s
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 Address = Annotated[str | None, typer.Option("--address", help="HOST:PORT of a running Ray, or `auto`.")]
 Override = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job: `--set batch.microbatch=2`.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job: `--set batch.microbatch=2`."),
 ]
 
 
@@ -60,7 +61,9 @@ def train(
     address: Address = None,
     reference: Annotated[bool, typer.Option("--reference", help="The same job in one process, no pipeline.")] = False,
     resume: Annotated[Path | None, typer.Option("--resume", help="A run folder or a checkpoint.")] = None,
-    plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan (YAML) to run instead of the planner's.")] = None,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="A plan (YAML) to run instead of the planner's.")
+    ] = None,
     json: Json = False,
     override: Override = None,
 ) -> None:

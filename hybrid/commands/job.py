@@ -36,7 +36,9 @@ def read_job(path: Path, overrides: Sequence[str]) -> JobConfig:
         for parent in parents:
             inner = where.get(parent)
             if not isinstance(inner, dict):
-                raise ConfigError("an override names no mapping of the job", value=parent, valid=where, where=f"--set {override}")
+                raise ConfigError(
+                    "an override names no mapping of the job", value=parent, valid=where, where=f"--set {override}"
+                )
             where = inner
         try:
             where[last] = yaml.safe_load(text)
@@ -55,7 +57,9 @@ def fleet_of(job: JobConfig, address: str | None) -> tuple[JobConfig, Fleet]:
     if isinstance(job.fleet, FleetConfig):
         return job, build_fleet(job.fleet, load_catalog(job.fleet.catalog))
     if address is None:
-        raise FleetError("`fleet: ray` needs a cluster", fix="give --address HOST:PORT, or write the fleet's islands into the job")
+        raise FleetError(
+            "`fleet: ray` needs a cluster", fix="give --address HOST:PORT, or write the fleet's islands into the job"
+        )
     from hybrid.hardware.discovery import fleet_of_nodes
     from hybrid.runtime.launcher import join_cluster, nodes_of_cluster
 
@@ -90,7 +94,9 @@ def _read_plan(path: Path, job: JobConfig, fleet: Fleet) -> Plan:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        raise PlanError("no such plan file", value=str(path), fix="write one with `hybrid plan JOB --json`, or leave --plan out") from None
+        raise PlanError(
+            "no such plan file", value=str(path), fix="write one with `hybrid plan JOB --json`, or leave --plan out"
+        ) from None
     plan = Plan.from_yaml(text, where=str(path))
     for name, found, wanted in (
         ("num_layers", plan.num_layers, job.model.num_layers),
@@ -99,14 +105,18 @@ def _read_plan(path: Path, job: JobConfig, fleet: Fleet) -> Plan:
         ("precision", plan.precision, job.precision),
     ):
         if found != wanted:
-            raise PlanError(f"plan is of another job: {name} is {found!r}, the job's is {wanted!r}", where=str(path), fix="plan the job again")
+            raise PlanError(
+                f"plan is of another job: {name} is {found!r}, the job's is {wanted!r}",
+                where=str(path),
+                fix="plan the job again",
+            )
     chips = {rank: island for rank, island, _ in fleet.chips()}
     for stage in plan.stages:
         island = chips.get(stage.rank)
         if island is None or island.name != stage.island or island.chip.name != stage.chip:
             valid = ", ".join(f"{i.name} ({i.num_chips} x {i.chip.name})" for i in fleet.islands)
             raise PlanError(
-                f"plan puts stage {stage.stage} on rank {stage.rank} of island {stage.island} ({stage.chip}), which the fleet has not",
+                f"plan puts stage {stage.stage} on rank {stage.rank} ({stage.chip} of {stage.island}), which the fleet lacks",
                 valid=valid,
                 where=str(path),
                 fix="plan the job again on this fleet",

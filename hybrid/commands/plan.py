@@ -19,7 +19,15 @@ def run_plan(path: Path, *, address: str | None, as_json: bool, overrides: Seque
     job, fleet = fleet_of(read_job(path, overrides), address)
     plan = plan_of(job, fleet)
     if as_json:
-        print(json.dumps({"plan": asdict(plan), "rows": plan.rows(), "summary": {"step_s": plan.step_s, "idle_share": plan.idle_share}}))
+        print(
+            json.dumps(
+                {
+                    "plan": asdict(plan),
+                    "rows": plan.rows(),
+                    "summary": {"step_s": plan.step_s, "idle_share": plan.idle_share},
+                }
+            )
+        )
         return
     console = Console()
     print_plan(plan, console)

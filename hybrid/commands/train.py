@@ -85,10 +85,13 @@ def print_summary(summary: Summary, console: Console) -> None:
     if summary.step_s is not None and summary.predicted_step_s is not None:
         off = summary.step_s / summary.predicted_step_s - 1
         lines.append(
-            f"predicted  {seconds(summary.predicted_step_s)} a step at time scale {summary.time_scale:g}; measured {off:+.1%}"
+            f"predicted  {seconds(summary.predicted_step_s)} a step at time scale {summary.time_scale:g}; "
+            f"measured {off:+.1%}"
         )
     if len(summary.idle_share_of_rank) > 1:
-        lines.append("idle       " + ", ".join(f"rank {r} {share:.0%}" for r, share in enumerate(summary.idle_share_of_rank)))
+        lines.append(
+            "idle       " + ", ".join(f"rank {r} {share:.0%}" for r, share in enumerate(summary.idle_share_of_rank))
+        )
     if summary.first_step_s is not None:
         phases = ", ".join(f"{name} {at:.1f}" for name, at in summary.phases.items())
         lines.append(f"start-up   first step after {summary.first_step_s:.1f} s ({phases})")

@@ -1,6 +1,6 @@
 """Sinks that keep what a run tells: `metrics.jsonl`, and a summary in memory.
 
-One JSON object a line: {"event": "step" | "eval" | "checkpoint" | "phase", …fields of the event}. Seconds, nats, shares.
+One JSON object a line: {"event": "step" | "eval" | "checkpoint" | "phase", …fields of the event}.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ class Tally:
 
     def __call__(self, event: Event) -> None:
         """Take one event."""
-        for kind, events in (
-            (StepEvent, self.steps),
-            (EvalEvent, self.evals),
-            (CheckpointEvent, self.checkpoints),
-            (PhaseEvent, self.phases),
-        ):
-            if isinstance(event, kind):
-                events.append(event)  # type: ignore[attr-defined]
+        match event:
+            case StepEvent():
+                self.steps.append(event)
+            case EvalEvent():
+                self.evals.append(event)
+            case CheckpointEvent():
+                self.checkpoints.append(event)
+            case PhaseEvent():
+                self.phases.append(event)
 
     @property
     def step_s(self) -> float | None:

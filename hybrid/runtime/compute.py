@@ -70,7 +70,7 @@ class StageCompute:
         """
         self.backend.allocate(self.saved_bytes, f"activations of microbatch {microbatch}")
         leaf = None if self.is_first else x.detach().requires_grad_()
-        out = self.stage(x if leaf is None else leaf)
+        out: Tensor = self.stage(x if leaf is None else leaf)
         if not self.is_last:
             self._held[microbatch] = _Held(leaf, out)
             return out.detach()

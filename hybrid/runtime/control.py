@@ -133,7 +133,7 @@ class ControlLine:
         poller.register(bell, zmq.POLLIN)
         heard_s = beat_s = time.monotonic()
         while True:
-            ready = dict(poller.poll(self._heartbeat_s * 1000))
+            ready = dict(poller.poll(int(self._heartbeat_s * 1000)))
             now_s = time.monotonic()
             if bell in ready:
                 bell.recv()

@@ -70,7 +70,7 @@ def share_squares(
         2 messages of 8 (L + 1) bytes a rank.
     """
     row = np.zeros(num_layers + 1, dtype=np.float64)
-    view = memoryview(row.view(np.uint8))
+    view = row.view(np.uint8).data
     if rank < num_ranks - 1:
         edges[rank + 1].recv(f"{step}/up", [view]).wait(timeout_s)
     for layer, square in squares_of_layer.items():

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from hybrid.errors import ScheduleError
 from hybrid.runtime.compute import StageCompute
+from hybrid.runtime.emulated_link import STAMP_BYTES, EmulatedLink, arrival_s
 from hybrid.scheduler.actions import Action, Kind, Schedule
-from hybrid.transports.base import Pending, Transport
+from hybrid.transports.base import Buffer, Pending, Transport
 
 Batch = Callable[[int], tuple[Tensor, Tensor]]
 """Microbatch number to (token ids, targets), both (B, T) int64 on the host."""
@@ -47,13 +48,14 @@ class StepRecord:
 
 def host_bytes(x: Tensor) -> memoryview:
     """Return the bytes of a contiguous host tensor, without a copy."""
-    return memoryview(x.detach().view(-1).view(torch.uint8).numpy())
+    return x.detach().view(-1).view(torch.uint8).numpy().data
 
 
 @dataclass(slots=True)
 class _Posted:
     pending: Pending
     buffer: Tensor
+    stamp: bytearray | None
 
 
 class Interpreter:
@@ -65,6 +67,7 @@ class Interpreter:
         shape, dtype: of the activation between two stages, (B, T, H).
         seconds_of: what the cost table says an action takes on the real chip.
         timeout_s: the longest silence of a peer that is waited out.
+        link_of_rank: the emulated link to a peer, where both ends are emulated chips.
     """
 
     def __init__(
@@ -78,7 +81,9 @@ class Interpreter:
         dtype: torch.dtype,
         seconds_of: Callable[[Action], float],
         timeout_s: float,
+        link_of_rank: Mapping[int, EmulatedLink] | None = None,
     ) -> None:
+        self._links = link_of_rank or {}
         self._actions = schedule.actions_of_rank[rank]
         self._rank_of_stage = schedule.rank_of_stage
         self._compute = compute_of_stage
@@ -127,9 +132,11 @@ class Interpreter:
         source = action.stage - 1 if action.kind is Kind.RECV_F else action.stage + 1
         kind = Kind.F if action.kind is Kind.RECV_F else Kind.B
         buffer = self._free.pop() if self._free else torch.empty(self._shape, dtype=self._dtype)
-        edge = self._edges[self._rank_of_stage[source]]
-        pending = edge.recv(_tag(kind, action, step), [host_bytes(buffer)])
-        self._posted[(kind, action.stage, action.microbatch)] = _Posted(pending, buffer)
+        peer = self._rank_of_stage[source]
+        stamp = bytearray(STAMP_BYTES) if peer in self._links else None
+        into = [host_bytes(buffer)] if stamp is None else [host_bytes(buffer), memoryview(stamp)]
+        pending = self._edges[peer].recv(_tag(kind, action, step), into)
+        self._posted[(kind, action.stage, action.microbatch)] = _Posted(pending, buffer, stamp)
 
     def _send(self, action: Action, step: int) -> None:
         target = action.stage + 1 if action.kind is Kind.SEND_F else action.stage - 1
@@ -137,8 +144,11 @@ class Interpreter:
         # The receiver's name for the message: its own stage.
         received = Action(target, kind, action.microbatch)
         tensor = self._local.pop((kind, target, action.microbatch))
-        edge = self._edges[self._rank_of_stage[target]]
-        self._sends.append((edge.send(_tag(kind, received, step), [host_bytes(tensor)]), tensor))
+        peer = self._rank_of_stage[target]
+        buffers: list[Buffer] = [host_bytes(tensor)]
+        if peer in self._links:
+            buffers.append(self._links[peer].stamp())
+        self._sends.append((self._edges[peer].send(_tag(kind, received, step), buffers), tensor))
 
     def _take(self, kind: Kind, action: Action) -> tuple[Tensor, float | None]:
         """Return the input of a compute action and when it landed, None where it was there already."""
@@ -148,11 +158,11 @@ class Interpreter:
             if key not in self._local:
                 raise ScheduleError("an action's input was neither received nor computed here", value=str(action))
             return self._local.pop(key), None
-        if posted.pending.done():
-            posted.pending.wait(self._timeout_s)
-            return posted.buffer, None
+        was_there = posted.pending.done()
         posted.pending.wait(self._timeout_s)
-        return posted.buffer, time.monotonic()
+        if posted.stamp is not None:
+            return posted.buffer, arrival_s(posted.stamp)
+        return posted.buffer, None if was_there else time.monotonic()
 
     def _forward(self, action: Action, batch: Batch, record: StepRecord) -> None:
         compute = self._compute[action.stage]

@@ -6,18 +6,19 @@ ended here; a Ray at an address is joined and left as it was.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
 import threading
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, final
 
+from hybrid.errors import FleetError, MachineError
 from hybrid.hardware.discovery import NodeFacts, ray_bundle
 from hybrid.hardware.fleet import Fleet
-
-from hybrid.errors import FleetError, MachineError
 from hybrid.runtime.placement import OnGone, Placement, WorkerSpec
 from hybrid.scheduler.plan import Plan
 
@@ -81,7 +82,7 @@ class RayPlacement(Placement):
                 value=_total(self._bundles),
                 fix="end the job that holds them, or raise runtime.placement_timeout_s",
             ) from None
-        actor_class = ray.remote(_WorkerActor)
+        actor_class: Any = ray.remote(_WorkerActor)
         env = {"OMP_NUM_THREADS": str(self._threads_per_rank), "MKL_NUM_THREADS": str(self._threads_per_rank)}
         refs: dict[Any, int] = {}
         for index, spec in enumerate(specs):
@@ -231,11 +232,51 @@ def nodes_of_cluster() -> list[NodeFacts]:
     ]
 
 
+def follow_job(address: str, *, entrypoint: str, working_dir: Path, write: Callable[[str], None]) -> int:
+    """Run `entrypoint` by Ray Jobs, hand its log to `write` as it grows, and return its exit code.
+
+    The job is stopped when this call is interrupted.
+
+    Raises:
+        MachineError: no dashboard answers at the address.
+    """
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+        job_id = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(working_dir)})
+    except Exception as error:
+        raise MachineError(
+            f"no Ray dashboard answers there: {_first_line(error)}",
+            value=address,
+            valid="http://HOST:PORT of the cluster's dashboard, usually port 8265",
+            fix="check the address; the cluster must run with its dashboard",
+        ) from None
+
+    async def follow() -> None:
+        async for text in client.tail_job_logs(job_id):
+            write(text)
+
+    try:
+        asyncio.run(follow())
+        deadline_s = time.monotonic() + _CLOSE_TIMEOUT_S
+        while not client.get_job_status(job_id).is_terminal() and time.monotonic() < deadline_s:
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        client.stop_job(job_id)
+        raise
+    info = client.get_job_info(job_id)
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    return info.driver_exit_code or 1
+
+
 def _total(bundles: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    total: Counter[str] = Counter()
+    total: dict[str, float] = {}
     for bundle in bundles:
-        total.update(bundle)  # type: ignore[arg-type]
-    return dict(total)
+        for name, amount in bundle.items():
+            total[name] = total.get(name, 0.0) + amount
+    return total
 
 
 def _first_line(error: BaseException) -> str:

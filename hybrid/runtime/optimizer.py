@@ -1,6 +1,7 @@
-"""AdamW on fp32 (or fp64) master weights, clipping by the global norm, and the learning rate as a function of the step.
+"""AdamW on fp32 (or fp64) master weights, clipping by the global norm, and the learning rate by step.
 
-Everything that decides is a function of values that every rank has; so ranks that hold the same bits go on holding them.
+Everything that decides is a function of values that every rank has; so ranks that hold the same bits go on
+holding them.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class AdamW:
         num_steps: the length of the job, which the cosine needs.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: OptimizerConfig, num_steps: int) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], config: OptimizerConfig, num_steps: int) -> None:
         self._parameters = dict(parameters)
         self._config, self._num_steps = config, num_steps
         groups = [

@@ -27,8 +27,8 @@ def time_scale(
 ) -> float:
     """Return the job's time scale; 0 where nothing is paced.
 
-    `auto` is the smallest scale at which this machine keeps up: every action's arithmetic fits its paced time, and all ranks'
-    arithmetic together fits the cores. Two significant digits, rounded up, so that a re-run gets the same.
+    `auto` is the smallest scale at which this machine keeps up: every action's arithmetic fits its paced time, and all
+    ranks' arithmetic together fits the cores. Two significant digits, rounded up.
     """
     emulated = [stage for stage in plan.stages if stage.backend == "emulated"]
     if not pace or not emulated:

@@ -1,8 +1,8 @@
 """The reference: the same job in one process, the whole model micro-batch by micro-batch, no pipeline, no wire.
 
-Readable before fast: every pipeline result is compared with this one. The order of every sum is the pipeline's: a
-parameter's gradient over microbatches in their order; a tied weight's as (head's sum) + (embedding's sum); the norm over layers in
-theirs. So the numbers are the same bits.
+Readable before fast: every pipeline result is compared with this one. The order of every sum is the pipeline's:
+a parameter's gradient over microbatches in their order; a tied weight's as (head's sum) + (embedding's sum);
+the norm over layers in theirs. So the numbers are the same bits.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def accumulate_gradients(model: Stage, job: JobConfig, tokens: TokenData, step: 
                 sequence_length=job.model.sequence_length,
             )
             loss = microbatch_loss(model(torch.from_numpy(inputs)), torch.from_numpy(targets))
-            (loss / job.batch.num_microbatches).backward()
+            torch.autograd.backward(loss / job.batch.num_microbatches)
             total += loss.item()
     if job.model.tied_embeddings:
         add_tied_gradients(model, {}, step=step, timeout_s=0.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -68,12 +69,17 @@ class Run:
         started_s: when the command started, on `time.monotonic`'s clock.
     """
 
-    def __init__(self, job: JobConfig, plan: Plan | None, folder: Path, sink: Sink, started_s: float) -> None:
+    def __init__(
+        self, job: JobConfig, plan: Plan | None, tokens: TokenData, folder: Path, sink: Sink, started_s: float
+    ) -> None:
         self.folder, self._started_s = folder, started_s
         self.tally = Tally()
         self.first_step_s: float | None = None
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "job.yaml").write_text(dump_job(job), encoding="utf-8")
+        tokenizer = tokens.path / "tokenizer.json"
+        if tokenizer.is_file():
+            shutil.copyfile(tokenizer, folder / "tokenizer.json")
         if plan is not None:
             (folder / "plan.yaml").write_text(plan.to_yaml(), encoding="utf-8")
         self._metrics = MetricsFile(folder / "metrics.jsonl")
@@ -148,7 +154,7 @@ def train(
             tokens = preparing.result()
             found = check_resume(job, resume, tokens.sha256)
             coordinator = Coordinator(host=placement.host, port=job.runtime.coordinator_port)
-            run = Run(job, plan, new_run_folder(job), sink, started_s)
+            run = Run(job, plan, tokens, new_run_folder(job), sink, started_s)
             run.sink(PhaseEvent(name="devices taken", since_start_s=opened_s))
             run.phase("data ready")
             specs = _specs(job, fleet, plan, coordinator, tokens, run.folder, found, placement)
@@ -269,7 +275,7 @@ def train_in_one_process(job: JobConfig, *, resume: Path | None, sink: Sink, sta
     found = check_resume(job, resume, tokens.sha256)
     from hybrid.runtime.reference import train_reference
 
-    run = Run(job, None, new_run_folder(job), sink, started_s)
+    run = Run(job, None, tokens, new_run_folder(job), sink, started_s)
     try:
         run.phase("data ready")
         train_reference(job, tokens, run_dir=run.folder, resume=found, sink=run.sink)

@@ -1,7 +1,7 @@
 """Warm-up of a stage: a few forwards and backwards on zeros, timed, before the job starts.
 
-It makes memory and kernels warm, counts what a microbatch holds from forward to backward, and tells what the stage costs
-this machine's CPU, from which the emulated chips' time scale follows.
+It makes memory and kernels warm, counts what a microbatch holds from forward to backward, and tells what the stage
+costs this machine's CPU, from which the emulated chips' time scale follows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The worker: one device rank of a job, from its hello to its last step.
 
-Runs in the main thread of an actor's process, or in a thread of the driver. Builds its stage, opens its edges, walks its
-actions step after step, and tells the coordinator. It decides nothing about the plan.
+Runs in the main thread of an actor's process, or in a thread of the driver. Builds its stage, opens its edges,
+walks its actions step after step, and tells the coordinator. It decides nothing about the plan.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hybrid.backends import Capabilities, open_backend
+from hybrid.backends import open_backend
 from hybrid.backends.emulated import EmulatedBackend
 from hybrid.errors import CommError, HybridError, PeerLost, TrainingDiverged
-from hybrid.hardware.catalog import Chip
 from hybrid.models.sampler import batch_at, held_out_batch
 from hybrid.models.stage import (
     Stage,
@@ -33,8 +32,10 @@ from hybrid.models.stage import (
 )
 from hybrid.models.tokens import TokenData, open_tokens
 from hybrid.runtime import checkpoint
+from hybrid.runtime.capabilities import capabilities_of
 from hybrid.runtime.compute import StageCompute
 from hybrid.runtime.control import ControlLine
+from hybrid.runtime.emulated_link import EmulatedLink
 from hybrid.runtime.exchange import add_tied_gradients, share_squares
 from hybrid.runtime.interpreter import Batch, Interpreter, StepRecord, host_bytes
 from hybrid.runtime.messages import (
@@ -54,22 +55,10 @@ from hybrid.runtime.placement import WorkerSpec
 from hybrid.runtime.stage_state import StageState, is_due, squares_of_layers
 from hybrid.runtime.warmup import warm_up
 from hybrid.scheduler.lowering import lower_communication
-from hybrid.transports import TransportNode, open_node
-from hybrid.transports.base import Transport
+from hybrid.transports import open_node
+from hybrid.transports.base import Transport, TransportNode
 
 _ABORT_GRACE_S = 3.0
-
-
-def capabilities_of(chip: Chip, memory_bytes: int | None) -> Capabilities:
-    """Return what a chip of the catalog can do."""
-    return Capabilities(
-        chip=chip.name,
-        formats=frozenset(chip.flops_of_format),
-        fp8_max=chip.fp8_max,
-        memory_bytes=memory_bytes,
-        flops_of_format=chip.flops_of_format,
-        execution="graph" if chip.family == "trainium" else "eager",
-    )
 
 
 def run_worker(spec: WorkerSpec) -> None:
@@ -127,6 +116,7 @@ class Worker:
         welcome = cast(Welcome, self._control.await_order(Welcome, timeout_s=job.runtime.placement_timeout_s))
         self._open_edges(welcome.address_of_rank)
         forward_s, backward_s = warm_up(self._compute, job.batch.microbatch, job.precision)
+        self._links = self._emulated_links()
         self._interpreter = self._build_interpreter()
         self._control.tell(
             Ready(
@@ -142,6 +132,8 @@ class Worker:
         )
         if isinstance(self._backend, EmulatedBackend):
             self._backend.time_scale = start.time_scale
+        for link in self._links.values():
+            link.time_scale = start.time_scale
         for step in range(first_step, job.steps):
             self._train_step(step)
             self._after_step(step + 1)
@@ -174,7 +166,18 @@ class Worker:
             dtype=boundary_dtype(job.precision),
             seconds_of=plan.seconds_of,
             timeout_s=self._timeout_s,
+            link_of_rank=self._links,
         )
+
+    def _emulated_links(self) -> dict[int, EmulatedLink]:
+        """Return the links to the neighbours, where both ends are emulated chips."""
+        rank, plan = self._spec.rank, self._plan
+        return {
+            peer: EmulatedLink(transfer_s=edge.transfer_s, busy_s=edge.transfer_s - edge.latency_s)
+            for edge in plan.edges
+            for own, peer in ((edge.from_stage, edge.to_stage), (edge.to_stage, edge.from_stage))
+            if own == rank and plan.stages[own].backend == plan.stages[peer].backend == "emulated"
+        }
 
     def _open_edges(self, address_of_rank: Mapping[str, str]) -> None:
         last = self._plan.num_stages - 1
