@@ -69,7 +69,8 @@ class Catalog:
         if announcement is not None:
             return _announced_only(announcement)
         wanted, names = _folded(name), sorted(valid)
-        close = get_close_matches(wanted, names, n=3, cutoff=0.4)
+        close = [known for known in names if wanted and known.startswith(wanted)]
+        close += [known for known in get_close_matches(wanted, names, n=3, cutoff=0.4) if known not in close]
         ordered = [*close, *(other for other in names if other not in close)]
         return FleetError(
             f"the catalog has no such {what}",
@@ -208,7 +209,7 @@ def _build_link_default(row: Row) -> LinkDefault:
     facts = _provenance(row)
     return LinkDefault(
         bandwidth_bytes_per_s=row.optional_number("gb_per_s", 1e9),
-        latency_s=row.number("latency_us") * 1e-6,
+        latency_s=row.number("latency_us") / 1e6,
         source=facts["source"],
         date=facts["date"],
         confidence=facts["confidence"],
