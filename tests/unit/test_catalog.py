@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 import pickle
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 
 from hybrid.errors import FleetError, UnsupportedFormat
 from hybrid.hardware.catalog import Announcement, Catalog, Chip, LinkDefault, System, load_catalog
+from hybrid.hardware.catalog_file import COLUMNS_OF_SECTION
 
 GIB, GB = 2**30, 10**9
 
@@ -376,3 +378,29 @@ def test_a_wrong_catalog_file_is_refused_naming_file_row_key_and_value(tmp_path:
 def test_a_missing_catalog_file_is_refused_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(FleetError, match=r"nowhere\.yaml"):
         load_catalog(tmp_path / "nowhere.yaml")
+
+
+def test_the_tables_of_the_catalogs_page_are_those_of_the_file() -> None:
+    root = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("catalog_docs", root / "scripts" / "catalog_docs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    catalog_docs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(catalog_docs)
+    page = (root / "docs" / "catalog.md").read_text(encoding="utf-8")
+    assert catalog_docs.rewritten(page, load_catalog()) == page, "run scripts/catalog_docs.py"
+
+
+def test_the_catalogs_page_names_every_column_of_the_file() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "catalog.md").read_text(encoding="utf-8")
+    columns = {column for section in COLUMNS_OF_SECTION.values() for column in section}
+    assert sorted(column for column in columns if f"`{column}`" not in page) == []
+
+
+def test_the_example_file_of_the_catalogs_page_is_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "catalog.md").read_text(encoding="utf-8")
+    example = page.split("# my.yaml\n")[1].split("```")[0]
+    catalog = load_catalog(write(tmp_path / "my.yaml", example))
+    assert catalog.chip("h100").power_w == 650
+    assert catalog.chip("anvil").peak_flops("bf16") == 100e12
+    assert catalog.system("p5.48xlarge").usd_per_hour == 40
