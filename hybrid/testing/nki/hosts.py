@@ -36,7 +36,8 @@ def as_array(value: Any) -> Array | None:
         plain: Array = tensor.numpy()
         return plain
     integers: Array = tensor.view(getattr(sys.modules["torch"], np.dtype(bits[0]).name)).numpy()
-    return integers.view(bits[1])
+    values: Array = integers.view(bits[1])
+    return values
 
 
 def as_tensor(array: Array) -> Any:

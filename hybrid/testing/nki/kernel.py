@@ -1,7 +1,7 @@
 """Kernel: what `nki.jit` makes of a function, and one launch of it on the current machine.
 
-Host arrays and CPU tensors become copies in HBM, hyper-parameters pass through; the returned tiles become arrays (tensors,
-where tensors came in), and arguments that the kernel wrote are written back.
+Host arrays and CPU tensors become copies in HBM, hyper-parameters pass through; the returned tiles become arrays
+(tensors, where tensors came in), and arguments that the kernel wrote are written back.
 """
 
 from __future__ import annotations
