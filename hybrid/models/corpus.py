@@ -71,9 +71,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     else:
         assert config.path is not None, "checked by DataConfig"
         root = config.path if config.path.is_dir() else config.path.parent
-        documents = _read(
-            _user_files(config.path, config.pattern), root, config.max_bytes, skip_undecodable=False
-        )
+        documents = _read(_user_files(config.path, config.pattern), root, config.max_bytes, skip_undecodable=False)
         title = str(config.path)
     total = sum(document.size_bytes for document in documents)
     if total < MIN_BYTES:
@@ -89,9 +87,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     return Corpus(train=train, held_out=held_out, description=description, sha256=_digest(train, held_out))
 
 
-def part_documents(
-    documents: Sequence[Document], share: float
-) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
+def part_documents(documents: Sequence[Document], share: float) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
     """Return (training, held-out) documents; about `share` of the bytes, never more, is held out.
 
     Whole files are held out, in the order of a hash of their names, so that no held-out line stands beside
@@ -116,9 +112,7 @@ def _stdlib_files(root: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
         # _sysconfigdata describes the machine that built Python, not the library.
         yield from (
-            Path(folder, name)
-            for name in files
-            if name.endswith(".py") and not name.startswith("_sysconfigdata")
+            Path(folder, name) for name in files if name.endswith(".py") and not name.startswith("_sysconfigdata")
         )
 
 
@@ -139,9 +133,7 @@ def _user_files(path: Path, pattern: str) -> list[Path]:
     return found
 
 
-def _read(
-    files: Iterator[Path] | list[Path], root: Path, max_bytes: int, *, skip_undecodable: bool
-) -> list[Document]:
+def _read(files: Iterator[Path] | list[Path], root: Path, max_bytes: int, *, skip_undecodable: bool) -> list[Document]:
     """Read files in the order of their names until the next would go past `max_bytes`."""
     documents: list[Document] = []
     room = max_bytes
@@ -172,9 +164,7 @@ def _cut(document: Document, size_bytes: int) -> tuple[Document, Document]:
     while place < len(data) and data[place] & 0xC0 == 0x80:  # inside a character: go back to its start
         place -= 1
     parts = (data[:place], data[place:])
-    head, tail = (
-        Document(name=document.name, text=part.decode("utf-8"), size_bytes=len(part)) for part in parts
-    )
+    head, tail = (Document(name=document.name, text=part.decode("utf-8"), size_bytes=len(part)) for part in parts)
     return head, tail
 
 

@@ -70,11 +70,11 @@ class Embedding(nn.Module):
         Shapes:
             ids: (B, T) int64.  returns: (B, T, H).
         """
-        device = self.weight.device
-        x_BTH = F.embedding(ids.to(device), self.weight)
-        # autocast leaves an embedding in fp32; the next layer gets what a cut would send.
-        autocast = torch.is_autocast_enabled(device.type)
-        return x_BTH.to(torch.get_autocast_dtype(device.type)) if autocast else x_BTH
+        x_BTH = F.embedding(ids.to(self.weight.device), self.weight)
+        # Autocast leaves an embedding in fp32; the next layer gets what a cut would send.
+        kind = x_BTH.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return x_BTH.to(torch.get_autocast_dtype(kind)) if autocast else x_BTH
 
 
 @final
@@ -251,7 +251,8 @@ def rotary_table(config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tenso
 def _linear(width_in: int, width_out: int, dtype: torch.dtype) -> nn.Linear:
     # On `meta` first, so that no first weights are drawn only to be overwritten.
     linear = nn.Linear(width_in, width_out, bias=False, device="meta", dtype=dtype)
-    return linear.to_empty(device="cpu")
+    linear.weight = nn.Parameter(torch.empty(width_out, width_in, dtype=dtype))
+    return linear
 
 
 @torch.no_grad()

@@ -88,8 +88,8 @@ def _head(model: ModelConfig, microbatch: int, precision: Precision) -> LayerPro
         num_parameters=vocab * hidden + hidden,
         forward_flops=forward_flops,
         backward_flops=2.0 * forward_flops,
-        # The norm's input, scale and output; the loss's log-probabilities and targets.
-        saved_activation_bytes=tokens
-        * (2 * hidden * _ACTIVATION_BYTES[precision] + wide + vocab * wide + _ID_BYTES),
+        # The norm's input, scale and output; the loss's log-probabilities and targets, and their number.
+        saved_activation_bytes=tokens * (2 * hidden * _ACTIVATION_BYTES[precision] + wide + vocab * wide + _ID_BYTES)
+        + wide,
         output_bytes=0,
     )

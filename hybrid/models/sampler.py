@@ -60,9 +60,7 @@ def batch_at(
     return _read_windows(tokens, windows, sequence_length)
 
 
-def held_out_batch(
-    tokens: Tokens, *, first_sample: int, num_samples: int, sequence_length: int
-) -> tuple[Ids, Ids]:
+def held_out_batch(tokens: Tokens, *, first_sample: int, num_samples: int, sequence_length: int) -> tuple[Ids, Ids]:
     """Return held-out windows in order, the same for every seed and step; after the last comes the first.
 
     Shapes:

@@ -53,9 +53,7 @@ class Stage(nn.Module):
 def build_stage(config: ModelConfig, first: int, end: int, seed: int, dtype: torch.dtype) -> Stage:
     """Return layers `[first, end)` with their first weights, on the CPU; no weight depends on the split."""
     assert 0 <= first < end <= config.num_layers, f"layers [{first}, {end}) of {config.num_layers}"
-    return Stage(
-        config, {index: build_layer(config, index, seed=seed, dtype=dtype) for index in range(first, end)}
-    )
+    return Stage(config, {index: build_layer(config, index, seed=seed, dtype=dtype) for index in range(first, end)})
 
 
 def microbatch_loss(logits: Tensor, targets: Tensor) -> Tensor:

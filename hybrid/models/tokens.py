@@ -124,9 +124,7 @@ def open_tokens(path: Path) -> TokenData:
                     where=str(path / name),
                     fix=fix,
                 )
-        parts: dict[str, Tokens] = {
-            part: np.memmap(path / f"{part}.bin", dtype=dtype, mode="r") for part in _PARTS
-        }
+        parts: dict[str, Tokens] = {part: np.memmap(path / f"{part}.bin", dtype=dtype, mode="r") for part in _PARTS}
         return TokenData(
             path=path,
             train_tokens=parts["train"],
