@@ -57,3 +57,35 @@ def adamw(
     step_size = learning_rate / (1.0 - beta1**step)
     denominator = new_avg_sq.sqrt() / math.sqrt(1.0 - beta2**step) + eps
     return decayed - step_size * new_avg / denominator, new_avg, new_avg_sq
+
+
+def adamw_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: float = 1.0,
+) -> None:
+    """Update the parameter and its two moments in place; see `adamw`."""
+    new = adamw(
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        step=step,
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        grad_scale=grad_scale,
+    )
+    for old, value in zip((param, exp_avg, exp_avg_sq), new, strict=True):
+        old.copy_(value)

@@ -20,7 +20,7 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index
     Numerics:
         Operands widened to float32 (float64 for float64) and the losses returned in that format. The largest
         logit is subtracted before the exponential, so that large logits do not overflow. A token whose logits
-        hold a NaN or +inf has a NaN loss; an ignored token is 0 whatever its logits.
+        hold a NaN or +inf has a loss that is not finite; an ignored token is 0 whatever its logits.
     """
     logits = wide(hidden) @ wide(weight).T
     kept = labels != ignore_index
@@ -28,9 +28,7 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index
     return (torch.logsumexp(logits, dim=1) - label_logits).where(kept, 0.0)
 
 
-def cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int, scale: float
-) -> Tensor:
+def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int, scale: float) -> Tensor:
     """Return ``scale * sum(token_losses)``; `scale` is 1 for a sum and 1/tokens for a mean.
 
     Shapes:
@@ -57,3 +55,27 @@ def cross_entropy_backward(
     grad_logits = (grad_logits * scale).where(kept[:, None], 0.0)
     grad_hidden, grad_weight = grad_logits @ weight_wide, grad_logits.T @ hidden_wide
     return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype)
+
+
+def cross_entropy_with_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    scale: float,
+    needs_hidden: bool = True,
+    needs_weight: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the loss and, where needed, the gradients of ``hidden`` and ``weight``.
+
+    The form that the faster variants have: they make the gradients while a chunk of logits is at hand.
+
+    Shapes:
+        hidden: (N, H).  weight: (V, H).  labels: (N,).  returns: (), (N, H) or None, (V, H) or None
+    """
+    loss = cross_entropy(hidden, weight, labels, ignore_index=ignore_index, scale=scale)
+    if not needs_hidden and not needs_weight:
+        return loss, None, None
+    grads = cross_entropy_backward(hidden, weight, labels, ignore_index=ignore_index, scale=scale)
+    return loss, grads[0] if needs_hidden else None, grads[1] if needs_weight else None

@@ -118,9 +118,7 @@ def fp8_pack(
     return Packed(payload=payload, scales=scales, error=(total - back).where(back.isfinite(), 0.0))
 
 
-def fp8_unpack(
-    payload: Tensor, scales: Tensor, *, block_size: int, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def fp8_unpack(payload: Tensor, scales: Tensor, *, block_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the values that `fp8_pack` packed; exact in float32, denormals apart.
 
     Shapes:
@@ -129,11 +127,12 @@ def fp8_unpack(
     return (decode(payload) * scales.repeat_interleave(block_size)[: payload.numel()]).to(dtype)
 
 
-def round_stochastically(scaled: Tensor, *, seed: int) -> Tensor:
+def round_stochastically(scaled: Tensor, *, seed: int, start: int = 0) -> Tensor:
     """Return `scaled` moved to one of its two FP8 neighbours, the nearer one more often; unbiased.
 
     ``q`` is the spacing of FP8 values at an element, 2^-9 at least; the result is
-    ``sign * floor(|scaled| / q + u) * q`` with ``u`` in [0, 1) from `random_fraction`.
+    ``sign * floor(|scaled| / q + u) * q`` with ``u`` in [0, 1) from `random_fraction`; `start` is
+    the index of the first element in the chunk that is packed.
 
     Shapes:
         scaled: (N,), float32, within the format's maximum.  returns: (N,)
@@ -141,11 +140,11 @@ def round_stochastically(scaled: Tensor, *, seed: int) -> Tensor:
     magnitude = scaled.abs()
     _, exponent = torch.frexp(magnitude)
     spacing = torch.ldexp(torch.ones_like(scaled), (exponent - 1).clamp(min=-6) - 3)
-    steps = torch.floor(magnitude / spacing + random_fraction(scaled.numel(), seed=seed))
+    steps = torch.floor(magnitude / spacing + random_fraction(scaled.numel(), seed=seed, start=start))
     return torch.copysign(steps * spacing, scaled)
 
 
-def random_fraction(num_elements: int, *, seed: int) -> Tensor:
+def random_fraction(num_elements: int, *, seed: int, start: int = 0) -> Tensor:
     """Return for each element index a fraction in [0, 1) with 20 bits, a hash of (seed, index).
 
     A counter-based hash, not a generator with state: every device makes the same bits. Index and seed are
@@ -157,7 +156,7 @@ def random_fraction(num_elements: int, *, seed: int) -> Tensor:
     Source:
         Ettinger's "lowbias32" integer hash (public domain).
     """
-    index = torch.arange(num_elements, dtype=torch.int64)
+    index = torch.arange(start, start + num_elements, dtype=torch.int64)
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     bits = _mix(_mix((index + low) & 0xFFFFFFFF) ^ high)
     return (bits >> 12).float() * 2.0**-20

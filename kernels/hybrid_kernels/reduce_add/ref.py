@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def reduce_add(chunks: Sequence[Tensor]) -> Tensor:
+def reduce_add(chunks: Sequence[Tensor], *, out: Tensor | None = None) -> Tensor:
     """Return ``((chunks[0] + chunks[1]) + chunks[2]) + ...``, each widened to float32 first.
 
     The order is the contract: float32 addition is not associative, and every rank must hold the same bits.
@@ -19,9 +19,10 @@ def reduce_add(chunks: Sequence[Tensor]) -> Tensor:
 
     Args:
         chunks: one a rank, at least one, in rank order; float32, bfloat16 or float16, all of one format.
+        out: written and returned, if given; float32, and none of the chunks.
 
     Shapes:
-        chunks: P times (N,).  returns: (N,), float32 (float64 for float64)
+        chunks: P times (N,).  out: (N,).  returns: (N,), float32 (float64 for float64)
 
     Numerics:
         P - 1 float32 additions an element. NaN and infinities pass through.
@@ -30,4 +31,4 @@ def reduce_add(chunks: Sequence[Tensor]) -> Tensor:
     total = chunks[0].to(dtype, copy=True)
     for chunk in chunks[1:]:
         total += chunk.to(dtype)
-    return total
+    return total if out is None else out.copy_(total)
