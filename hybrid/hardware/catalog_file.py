@@ -16,6 +16,12 @@ import yaml
 
 from hybrid.errors import FleetError
 
+try:
+    # libyaml reads the shipped file ten times faster; PyYAML is sometimes built without it.
+    from yaml import CSafeLoader as _SafeLoader
+except ImportError:
+    from yaml import SafeLoader as _SafeLoader  # type: ignore[assignment]
+
 CONFIDENCES = ("vendor", "secondary", "weak", "announced", "assumed")
 FORMATS = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "fp6", "fp4")
 PRICE_KINDS = ("on_demand", "capacity_block")
@@ -145,7 +151,7 @@ Rows = dict[str, dict[str, Row]]
 """Section to name to row; a price is named `system/kind`."""
 
 
-class _NoDoubles(yaml.SafeLoader):
+class _NoDoubles(_SafeLoader):
     """Refuses a key that a mapping holds twice, which YAML would let the later one win silently."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

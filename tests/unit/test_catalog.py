@@ -308,7 +308,7 @@ def chips(**changes: object) -> dict[str, object]:
 SYSTEM = {"chip": "h100", "num_chips": 2, "source": "x", "date": "2026-11", "confidence": "weak"}
 PRICE = {"usd_per_hour": 1.0, "source": "x", "date": "2026-11", "confidence": "weak"}
 WRONG_FILES: dict[str, tuple[object, tuple[str, ...]]] = {
-    "no YAML": ("chips: {a: [", ("my.yaml, line 1", "not YAML")),
+    "no YAML": ("chips: {a: [", ("my.yaml, line", "not YAML")),
     "a list": (["h100"], ("my.yaml", "no mapping")),
     "an empty file": ("", ("my.yaml", "no mapping")),
     "an unknown section": ({"chip": {}}, ("unknown section", "'chip'", "chips, systems, prices")),

@@ -70,6 +70,9 @@ def test_a_chip_in_a_system_has_no_more_memory_than_the_system_gives_it() -> Non
     fleet = build_fleet(config({"name": "a", "device": "gb300-nvl72"}, {"name": "b", "device": "gb300", "count": 72}))
     assert fleet.island("a").memory_bytes == 20_000 * 10**9 // 72
     assert fleet.island("b").memory_bytes == 288 * 10**9
+    # The rack's rounded 13.4 TB would make a little more than the chip has.
+    rack = build_fleet(config({"name": "c", "device": "gb200-nvl72"})).island("c")
+    assert rack.memory_bytes == 186 * 10**9
 
 
 def test_the_backend_follows_the_chip_unless_given() -> None:
