@@ -9,6 +9,7 @@ from hybrid.testing.nki.enums import DgeMode, Engine, OobMode, check_enum
 from hybrid.testing.nki.machine import current
 from hybrid.testing.nki.memory import WRITTEN, MemoryRegion
 from hybrid.testing.nki.operands import (
+    check_castable,
     check_engine,
     check_on_chip,
     check_same_layout,
@@ -58,6 +59,8 @@ def dma_copy(
     machine.dma_bytes += dst.size * dst.itemsize
     values = src.array().copy()
     if dst.dtype != src.dtype:
+        check_castable(src)
+        check_castable(dst)
         values = cast(values.astype(np.float32), dst.dtype)
     dst.array()[...] = values.reshape(dst.shape)
     dst.state()[...] = WRITTEN

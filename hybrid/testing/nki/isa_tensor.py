@@ -65,7 +65,7 @@ def _check_types(stationary: Tile, moving: Tile, double_row: bool) -> None:
     if "float8_e4m3fn" in types:
         if "float8_e4m3" in types:
             refuse("matmul-fp8-mix", "float8_e4m3 and float8_e4m3fn in one matmul")
-        generation.require("ocp_fp8_matmul", "float8_e4m3fn matmul")
+        generation.require("ocp_fp8", "float8_e4m3fn matmul")
     if (types[0] in _WIDE) != (types[1] in _WIDE):
         refuse("matmul-dtypes", f"{types[0]} with {types[1]}")
     if double_row:

@@ -95,9 +95,16 @@ def operation(op: object, what: str = "op", rule: str = "alu-op") -> Operation:
     return OPERATIONS[name]
 
 
+def check_castable(tile: Tile) -> None:
+    """Refuse to cast from or to the OCP e4m3 where the generation does not have it (rule `generation-lacks`)."""
+    if tile.dtype == "float8_e4m3fn":
+        current().generation.require("ocp_fp8", "float8_e4m3fn")
+
+
 def read(tile: Tile, what: str) -> Array:
     """Return a written operand as float32, shape (partitions, elements a partition)."""
     check_written(tile, what)
+    check_castable(tile)
     with np.errstate(all="ignore"):
         return tile.array().astype(np.float32).reshape(tile.shape[0], -1)
 
@@ -110,6 +117,7 @@ def read_bits(tile: Tile, what: str) -> Array:
 
 def write(tile: Tile, values: Array, *, by_matmul: bool = False) -> None:
     """Cast `values` to the tile's type and store them."""
+    check_castable(tile)
     tile.array()[...] = cast(values, tile.dtype).reshape(tile.shape)
     tile.state()[...] = WRITTEN | MATMUL if by_matmul else WRITTEN
 
