@@ -58,13 +58,12 @@ def open_placement(job: JobConfig, fleet: Fleet, plan: Plan, address: str | None
         from hybrid.runtime.local import ThreadPlacement
 
         return ThreadPlacement(threads_per_rank=job.runtime.threads_per_rank)
-    from hybrid.runtime.launcher import RayPlacement, bundles_of
+    from hybrid.runtime.launcher import RayPlacement
 
     return RayPlacement(
-        bundles_of(fleet, plan),
+        [fleet.island(stage.island) for stage in sorted(plan.stages, key=lambda stage: stage.rank)],
         address=address,
         timeout_s=job.runtime.placement_timeout_s,
-        threads_per_rank=job.runtime.threads_per_rank,
         job_name=job.name,
     )
 

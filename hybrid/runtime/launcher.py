@@ -18,9 +18,8 @@ from typing import Any, final
 
 from hybrid.errors import FleetError, MachineError
 from hybrid.hardware.discovery import NodeFacts, ray_bundle
-from hybrid.hardware.fleet import Fleet
+from hybrid.hardware.fleet import Island
 from hybrid.runtime.placement import OnGone, Placement, WorkerSpec
-from hybrid.scheduler.plan import Plan
 
 _CLOSE_TIMEOUT_S = 10.0
 
@@ -30,23 +29,23 @@ class RayPlacement(Placement):
     """Workers as Ray actors.
 
     Args:
-        bundles: what each rank's device asks of Ray, in rank order.
+        islands: each rank's island, in rank order.
         address: a running Ray (`ray://…` clients are refused: the driver must be on the cluster); None starts one here.
         timeout_s: the longest wait for the cluster and for the placement group.
     """
 
     def __init__(
         self,
-        bundles: Sequence[Mapping[str, float]],
+        islands: Sequence[Island],
         *,
         address: str | None,
         timeout_s: float,
-        threads_per_rank: int,
         job_name: str,
     ) -> None:
-        self._bundles = [dict(bundle) for bundle in bundles]
+        self._islands = tuple(islands)
+        self._bundles = [dict(ray_bundle(island)) for island in islands]
         self._address, self._timeout_s = address, timeout_s
-        self._threads_per_rank, self._job_name = threads_per_rank, job_name
+        self._job_name = job_name
         self._actors: list[Any] = []
         self._group: Any = None
         self._opened = False
@@ -65,7 +64,9 @@ class RayPlacement(Placement):
             join_cluster(self._address, self._timeout_s)
             self.host = ray.util.get_node_ip_address()
         self._opened = True
-        self._check_resources(ray.cluster_resources())
+        offered = ray.cluster_resources()
+        self._bundles = [dict(ray_bundle(island, offered)) for island in self._islands]
+        self._check_resources(offered)
 
     def launch(self, specs: Sequence[WorkerSpec], on_gone: OnGone) -> None:
         import ray
@@ -83,7 +84,6 @@ class RayPlacement(Placement):
                 fix="end the job that holds them, or raise runtime.placement_timeout_s",
             ) from None
         actor_class: Any = ray.remote(_WorkerActor)
-        env = {"OMP_NUM_THREADS": str(self._threads_per_rank), "MKL_NUM_THREADS": str(self._threads_per_rank)}
         refs: dict[Any, int] = {}
         for index, spec in enumerate(specs):
             bundle = dict(self._bundles[index])
@@ -93,7 +93,6 @@ class RayPlacement(Placement):
                 resources=bundle,
                 max_restarts=0,
                 name=f"{self._job_name}-{id(self):x}-rank-{spec.rank}",
-                runtime_env={"env_vars": env},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     placement_group=self._group, placement_group_bundle_index=index
                 ),
@@ -181,11 +180,6 @@ class _WorkerActor:
 
             spec = dataclasses.replace(spec, host=ray.util.get_node_ip_address())
         run_worker(spec)
-
-
-def bundles_of(fleet: Fleet, plan: Plan) -> list[Mapping[str, float]]:
-    """Return what each of the plan's ranks asks of Ray, in rank order."""
-    return [ray_bundle(fleet.island(stage.island)) for stage in sorted(plan.stages, key=lambda stage: stage.rank)]
 
 
 def join_cluster(address: str, timeout_s: float) -> None:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from hybrid.config import OptimizerConfig
+from hybrid_kernels.adamw import adamw_
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps for each parameter, in the names of torch.optim.AdamW."""
+"""What AdamW keeps for each parameter, by the names that torch.optim.AdamW uses too."""
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
@@ -60,40 +61,49 @@ def clip_coefficient(norm: float, clip_norm: float | None) -> float:
 
 
 class AdamW:
-    """torch's fused AdamW over named parameters; matrices decay, vectors do not.
+    """AdamW over named parameters; matrices decay, vectors do not.
+
+    The update itself is `hybrid_kernels.adamw`: one fused pass, without torch.optim, whose first use imports torch's
+    compiler (3 s of CPU a worker).
 
     Args:
-        parameters: by global name; leaves in the master format.
+        parameters: by global name; leaves in the master format, contiguous.
         num_steps: the length of the job, which the cosine needs.
+
+    Source:
+        Loshchilov and Hutter 2019, "Decoupled weight decay regularization".
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], config: OptimizerConfig, num_steps: int) -> None:
         self._parameters = dict(parameters)
         self._config, self._num_steps = config, num_steps
-        groups = [
-            {
-                "params": [p for p in self._parameters.values() if p.ndim >= 2],
-                "weight_decay": config.weight_decay,
-            },
-            {"params": [p for p in self._parameters.values() if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
+        self._moments = {
+            name: {key: torch.zeros_like(p, requires_grad=False) for key in STATE_NAMES}
+            for name, p in self._parameters.items()
+        }
 
+    @torch.no_grad()
     def step(self, step: int, norm: float) -> None:
-        """Clip by the global norm, update with the rate of `step`, and clear the gradients."""
-        coefficient = clip_coefficient(norm, self._config.clip_norm)
-        if coefficient != 1.0:
-            gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-            torch._foreach_mul_(gradients, coefficient)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate(self._config, step, self._num_steps)
-        self._adamw.step()
+        """Clip by the global norm, update with the rate of `step` (from 0), and clear the gradients."""
+        config = self._config
+        coefficient = clip_coefficient(norm, config.clip_norm)
+        rate = learning_rate(config, step, self._num_steps)
+        for name, parameter in self._parameters.items():
+            if parameter.grad is None:
+                continue
+            moments = self._moments[name]
+            adamw_(
+                parameter.detach().view(-1),
+                parameter.grad.view(-1),
+                *(moments[key].view(-1) for key in STATE_NAMES),
+                step=step + 1,
+                learning_rate=rate,
+                beta1=config.beta1,
+                beta2=config.beta2,
+                eps=config.eps,
+                weight_decay=config.weight_decay if parameter.ndim >= 2 else 0.0,
+                grad_scale=coefficient,
+            )
         self.zero_grad()
 
     def zero_grad(self) -> None:
@@ -102,15 +112,12 @@ class AdamW:
             if parameter.grad is not None:
                 parameter.grad.zero_()
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
+    def state(self) -> Mapping[str, Mapping[str, Tensor]]:
         """Return exp_avg and exp_avg_sq by parameter name; zeros before the first step."""
-        return {
-            name: {key: self._adamw.state[p].get(key, torch.zeros_like(p)) for key in STATE_NAMES}
-            for name, p in self._parameters.items()
-        }
+        return self._moments
 
-    def load_state(self, state: Mapping[str, Mapping[str, Tensor]], *, steps_done: int) -> None:
-        """Set the state of every parameter, as of after `steps_done` steps."""
-        for name, parameter in self._parameters.items():
-            moments = {key: state[name][key].to(parameter.dtype).clone() for key in STATE_NAMES}
-            self._adamw.state[parameter] = {"step": torch.tensor(float(steps_done)), **moments}
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Set the moments of every parameter."""
+        for name, moments in self._moments.items():
+            for key, moment in moments.items():
+                moment.copy_(state[name][key])

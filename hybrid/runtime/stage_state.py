@@ -71,5 +71,5 @@ class StageState:
                 for name in names:
                     weights[name].copy_(layer["weight"][name])
                     moments[name] = {key: layer[key][name] for key in STATE_NAMES}
-        self._optimizer.load_state(moments, steps_done=manifest.steps_done)
+        self._optimizer.load_state(moments)
         return manifest.steps_done

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hybrid.backends import open_backend
 from hybrid.backends.emulated import EmulatedBackend
+from hybrid.config import JobConfig
 from hybrid.errors import CommError, HybridError, PeerLost, TrainingDiverged
 from hybrid.models.sampler import batch_at, held_out_batch
 from hybrid.models.stage import (
@@ -190,29 +191,12 @@ class Worker:
                 peer = high if self._spec.rank == low else low
                 self._edges[peer] = self._node.open(peer, address_of_rank[str(peer)], timeout_s=self._timeout_s)
 
-    def _batch(self, step: int) -> Batch:
-        job = self._job
-
-        def batch(microbatch: int) -> tuple[Tensor, Tensor]:
-            inputs, targets = batch_at(
-                self._tokens.train_tokens,
-                seed=job.seed,
-                step=step,
-                global_batch=job.batch.global_batch,
-                first_sample=microbatch * job.batch.microbatch,
-                num_samples=job.batch.microbatch,
-                sequence_length=job.model.sequence_length,
-            )
-            return torch.from_numpy(inputs), torch.from_numpy(targets)
-
-        return batch
-
     def _train_step(self, step: int) -> None:
         self._control.step = step
         started_s = time.monotonic()
         if self._control.aborted is not None:
             raise PeerLost(f"job aborted: {self._control.aborted}")
-        record = self._interpreter.run(step, self._batch(step))
+        record = self._interpreter.run(step, batch_of(self._job, self._tokens, step))
         norm, loss = self._reduce(step)
         if not (math.isfinite(norm) and math.isfinite(loss)):
             raise TrainingDiverged.at(step, loss, norm)
@@ -294,6 +278,24 @@ class Worker:
         facts = self._state.write(checkpoint.checkpoint_folder(self._spec.run_dir, steps_done))
         files = {name: (fact.size_bytes, fact.sha256) for name, fact in facts.items()}
         self._control.tell(CheckpointPart(rank=self._spec.rank, steps_done=steps_done, files=files))
+
+
+def batch_of(job: JobConfig, tokens: TokenData, step: int) -> Batch:
+    """Return what gives a step's microbatches: a pure function of the seed, the step and the sample."""
+
+    def batch(microbatch: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = batch_at(
+            tokens.train_tokens,
+            seed=job.seed,
+            step=step,
+            global_batch=job.batch.global_batch,
+            first_sample=microbatch * job.batch.microbatch,
+            num_samples=job.batch.microbatch,
+            sequence_length=job.model.sequence_length,
+        )
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    return batch
 
 
 def _open_node(spec: WorkerSpec) -> TransportNode:
