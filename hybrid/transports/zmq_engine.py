@@ -1,0 +1,158 @@
+"""The waits of a node: whoever waits moves every socket of the node on. No thread of its own.
+
+libzmq's own thread carries the bytes; the engine only decides when Python looks at which socket. One lock guards
+all sockets of a node (a ZeroMQ socket is not thread-safe), and no thread blocks while it holds the lock.
+Knows nothing of messages. May import only the standard library.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol, final
+
+
+class Moving(Protocol):
+    """Something with sockets that the engine moves on."""
+
+    fds: tuple[int, ...]
+    """What to poll; each is readable when `ready` has something to look at."""
+
+    def ready(self, fd: int) -> None:
+        """Note that `fd` was readable; called under the lock."""
+
+    def move(self, enough: Callable[[], bool]) -> bool:
+        """Take what has come in until nothing is left or `enough`; return whether anything moved.
+
+        Called under the lock; never blocks.
+        """
+
+
+@final
+class _Waiter:
+    """One blocked thread: a poll set, and a bell that another thread rings when it moved something."""
+
+    def __init__(self) -> None:
+        self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.version = -1
+        self._poll = select.poll()
+
+    def watch(self, version: int, fds: tuple[int, ...]) -> None:
+        self.version, self._poll = version, select.poll()
+        for fd in (self.bell, *fds):
+            self._poll.register(fd, select.POLLIN)
+
+    def block(self, timeout_s: float) -> list[int]:
+        # Rounded up: a poll that ends a fraction early would spin through the rest of the wait.
+        ready = [fd for fd, _ in self._poll.poll(int(max(timeout_s, 0.0) * 1000 + 0.999))]
+        if self.bell in ready:
+            os.eventfd_read(self.bell)
+            ready.remove(self.bell)
+        return ready
+
+    def close(self) -> None:
+        os.close(self.bell)
+
+
+@final
+class Engine:
+    """The lock of a node and the waits under it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._moving: dict[int, Moving] = {}
+        self._members: list[Moving] = []
+        self._version = 0
+        self._blocked: list[_Waiter] = []
+        self._spare: list[_Waiter] = []
+        self._closed = False
+
+    def add(self, member: Moving) -> None:
+        """Move `member` on from now; call under the lock."""
+        self._members.append(member)
+        self._watch_anew()
+
+    def remove(self, member: Moving) -> None:
+        """Forget `member`; call under the lock, before its sockets close."""
+        if member in self._members:
+            self._members.remove(member)
+            self._watch_anew()
+
+    def moved(self) -> None:
+        """Say that a socket was used or an operation ended outside of a wait; call under the lock.
+
+        Using a socket may swallow the signal that a blocked thread is polling for.
+        """
+        if self._blocked:
+            self._move(_never)
+            self._ring(None)
+
+    def wait_until(self, met: Callable[[], bool], timeout_s: float) -> bool:
+        """Move the node on until `met`, which is asked under the lock; return whether it was met in time."""
+        deadline_s = time.monotonic() + timeout_s
+        waiter: _Waiter | None = None
+        ready: list[int] = []
+        try:
+            while True:
+                with self.lock:
+                    for fd in ready:
+                        if fd in self._moving:
+                            self._moving[fd].ready(fd)
+                    if self._move(met):
+                        self._ring(waiter)
+                    if met():
+                        return True
+                    if waiter is None:
+                        waiter = self._spare.pop() if self._spare else _Waiter()
+                        self._blocked.append(waiter)
+                    if waiter.version != self._version:
+                        waiter.watch(self._version, tuple(self._moving))
+                remaining_s = deadline_s - time.monotonic()
+                ready = waiter.block(remaining_s)
+                if remaining_s <= 0 and not ready:
+                    with self.lock:
+                        return met()
+        finally:
+            if waiter is not None:
+                with self.lock:
+                    self._blocked.remove(waiter)
+                    self._put_away(waiter)
+
+    def close(self) -> None:
+        """Wake who waits, and free the bells."""
+        with self.lock:
+            self._closed = True
+            self._members.clear()
+            self._watch_anew()
+            for waiter in self._spare:
+                waiter.close()
+            self._spare.clear()
+
+    def _move(self, enough: Callable[[], bool]) -> bool:
+        moved = False
+        for member in tuple(self._members):
+            moved = member.move(enough) or moved
+        return moved
+
+    def _ring(self, myself: _Waiter | None) -> None:
+        for waiter in self._blocked:
+            if waiter is not myself:
+                os.eventfd_write(waiter.bell, 1)
+
+    def _watch_anew(self) -> None:
+        self._version += 1
+        self._moving = {fd: member for member in self._members for fd in member.fds}
+        self._ring(None)
+
+    def _put_away(self, waiter: _Waiter) -> None:
+        if self._closed or len(self._spare) >= 4:
+            waiter.close()
+        else:
+            self._spare.append(waiter)
+
+
+def _never() -> bool:
+    return False

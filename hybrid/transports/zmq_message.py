@@ -1,0 +1,195 @@
+"""Messages under way on a ZeroMQ edge: cut into parts, put together, matched with receives.
+
+Pure: no sockets, no locks, no clock. May import only `errors`, `wire` and `transports.base`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TypeVar, final
+
+from hybrid.errors import CommError
+from hybrid.transports.base import MESSAGE_OVERHEAD_BYTES, sizes_of
+from hybrid.wire import Chunk, MessageHeader, encode_header
+
+Payload = memoryview | bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One ZeroMQ message: a record, and at most one payload frame."""
+
+    head: bytes
+    payload: Payload | None
+    weight: int
+    """What it takes of the window."""
+    in_place: bool = False
+    """The payload is read where it lies, also after it was handed to ZeroMQ."""
+
+
+def parts_of(header: MessageHeader, views: Sequence[memoryview], *, copy_below_bytes: int) -> Iterator[Part]:
+    """Yield the parts of a message, in order.
+
+    A message of one buffer, or of up to `copy_below_bytes` (they are joined), that fits one frame is one part.
+    Of a longer message every payload is in place, the short last one too: ZeroMQ lets go of payloads
+    in order, so that the last one's release is every one's.
+    """
+    total = sum(header.sizes)
+    head = encode_header(header)
+    filled = [view for view in views if view.nbytes]
+    if not filled:
+        yield Part(head, None, MESSAGE_OVERHEAD_BYTES)
+    elif total <= header.frame_bytes and (len(filled) == 1 or total <= copy_below_bytes):
+        payload = filled[0] if len(filled) == 1 else b"".join(filled)
+        yield Part(head, payload, MESSAGE_OVERHEAD_BYTES + total, in_place=total > copy_below_bytes)
+    else:
+        yield Part(head, None, MESSAGE_OVERHEAD_BYTES)
+        offset = 0
+        for view in filled:
+            for start in range(0, view.nbytes, header.frame_bytes):
+                piece = view[start : start + header.frame_bytes]
+                yield Part(encode_header(Chunk(header.seq, offset)), piece, piece.nbytes, in_place=True)
+                offset += piece.nbytes
+
+
+@dataclass(slots=True, eq=False)
+class Posted:
+    """A receive: where its message goes, and whether it has ended. Changed only under the node's lock."""
+
+    tag: str
+    targets: tuple[memoryview, ...]
+    ended: bool = False
+    failure: CommError | None = None
+
+    def end(self, failure: CommError | None = None) -> None:
+        """End, well or with `failure`; what has ended does not end again."""
+        if not self.ended:
+            self.failure = failure
+            self.ended = True
+
+
+@final
+@dataclass(slots=True, eq=False)
+class Arriving:
+    """A message of which the header has come: its payload goes to its receive, or waits for one in `held`."""
+
+    header: MessageHeader
+    receive: Posted | None = None
+    fits: bool = True
+    filled_bytes: int = 0
+    weight: int = 0
+    """What it takes of the window until it is bound to a receive."""
+    held: list[Payload] = field(default_factory=list)
+    _ends: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._ends = tuple(accumulate(self.header.sizes))
+
+    @property
+    def size_bytes(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def whole(self) -> bool:
+        return self.filled_bytes == self.size_bytes
+
+    def bind(self, receive: Posted) -> bool:
+        """Give the message its receive; return whether it fits. What was held is copied out, or dropped."""
+        self.receive = receive
+        self.fits = sizes_of(receive.targets) == self.header.sizes
+        offset = 0
+        for payload in self.held:
+            self._scatter(offset, payload)
+            offset += len(payload)
+        self.held.clear()
+        return self.fits
+
+    def next_frame_bytes(self) -> int:
+        """Return how long the next chunk must be."""
+        index, start = self._place(self.filled_bytes)
+        return min(self.header.sizes[index] - start, self.header.frame_bytes)
+
+    def place_for(self, size_bytes: int) -> memoryview | None:
+        """Return where the next `size_bytes` go as they are, or None where they must be held, dropped or scattered."""
+        if self.receive is None or not self.fits:
+            return None
+        index, start = self._place(self.filled_bytes)
+        target = self.receive.targets[index]
+        return target[start : start + size_bytes] if start + size_bytes <= target.nbytes else None
+
+    def put(self, payload: Payload) -> None:
+        """Take a frame that had no single place: hold it, scatter it, or drop it."""
+        if self.receive is None:
+            self.held.append(payload)
+        else:
+            self._scatter(self.filled_bytes, payload)
+
+    def _scatter(self, offset: int, payload: Payload) -> None:
+        assert self.receive is not None
+        if not self.fits or not len(payload):
+            return
+        view = memoryview(payload)
+        index, start = self._place(offset)
+        while view.nbytes:
+            target = self.receive.targets[index][start:]
+            taken = min(target.nbytes, view.nbytes)
+            if taken:
+                target[:taken] = view[:taken]
+            view, index, start = view[taken:], index + 1, 0
+
+    def _place(self, offset: int) -> tuple[int, int]:
+        """Return the buffer that byte `offset` of the message falls in, and where in it."""
+        index = bisect_right(self._ends, offset)
+        return index, offset - (self._ends[index] - self.header.sizes[index])
+
+
+@final
+class Matcher:
+    """Which message goes to which receive: of one tag, first come to first posted."""
+
+    def __init__(self) -> None:
+        self._posted: dict[str, deque[Posted]] = {}
+        self._arrived: dict[str, deque[Arriving]] = {}
+
+    def arrive(self, message: Arriving) -> Posted | None:
+        """Return the receive that waits for this message, or None and keep the message."""
+        return _take_or_keep(self._posted, self._arrived, message.header.tag, message)
+
+    def post(self, receive: Posted) -> Arriving | None:
+        """Return the message that waits for this receive, or None and keep the receive."""
+        return _take_or_keep(self._arrived, self._posted, receive.tag, receive)
+
+    def forget_posted(self) -> tuple[Posted, ...]:
+        """Return the receives that no message has come for, and forget them."""
+        posted = tuple(receive for queue in self._posted.values() for receive in queue)
+        self._posted.clear()
+        return posted
+
+    def forget(self, message: Arriving) -> None:
+        """Forget a message that will never be whole."""
+        queue = self._arrived.get(message.header.tag, deque())
+        if message in queue:
+            queue.remove(message)
+
+    def forget_arrived(self) -> None:
+        """Forget every message that waits for a receive."""
+        self._arrived.clear()
+
+
+T = TypeVar("T")
+K = TypeVar("K")
+
+
+def _take_or_keep(waiting: dict[str, deque[T]], keeping: dict[str, deque[K]], tag: str, item: K) -> T | None:
+    queue = waiting.get(tag)
+    if not queue:
+        keeping.setdefault(tag, deque()).append(item)
+        return None
+    taken = queue.popleft()
+    if not queue:
+        del waiting[tag]
+    return taken

@@ -1,0 +1,217 @@
+"""Bytes on the wire: the msgpack codec, the protocol version and the limits.
+
+The only file that imports msgpack. Nothing is ever unpickled: a frame is a msgpack array of a kind number and
+plain fields, decoded under limits, and whatever is not exactly that is a ProtocolError. Pure: no sockets, no clock,
+no torch. May import only `errors`.
+
+Sections: the codec (both planes), then the data plane's records (what two transports say to each other).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn, TypeAlias
+
+import msgpack
+
+from hybrid.errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+"""Both ends must have the same; there is no negotiation."""
+
+MAX_RECORD_BYTES = 64 * 1024
+"""Of one encoded record; a longer frame is refused before it is parsed."""
+
+
+# The codec ------------------------------------------------------------------------------------------------
+
+
+def pack(value: object) -> bytes:
+    """Return `value` (None, bool, int, float, str, bytes, lists and str-keyed dicts of them) as msgpack."""
+    packed: bytes = msgpack.packb(value, use_bin_type=True)
+    return packed
+
+
+def unpack(frame: bytes, *, max_bytes: int = MAX_RECORD_BYTES) -> Any:
+    """Return the plain value in a msgpack frame; arrays come back as tuples.
+
+    Raises:
+        ProtocolError: longer than `max_bytes`, not msgpack, bytes left over, or an extension type.
+    """
+    if len(frame) > max_bytes:
+        raise ProtocolError(
+            "frame is longer than its kind allows", value=len(frame), valid=f"at most {max_bytes} bytes"
+        )
+    try:
+        # Lengths inside the frame can promise no more than the frame itself holds.
+        return msgpack.unpackb(frame, raw=False, use_list=False, strict_map_key=True, max_ext_len=0, ext_hook=_refuse)
+    except ProtocolError:
+        raise
+    except Exception as error:  # msgpack raises ValueError, its own classes, UnicodeDecodeError, RecursionError …
+        raise ProtocolError(f"frame is not msgpack: {type(error).__name__}", value=bytes(frame[:16])) from None
+
+
+def _refuse(code: int, _data: bytes) -> NoReturn:
+    raise ProtocolError("frame holds a msgpack extension", value=code)
+
+
+# The data plane -------------------------------------------------------------------------------------------
+
+MAX_TAG_BYTES = 256
+MAX_BUFFERS = 1024
+MAX_MESSAGE_BYTES = 1 << 40
+MAX_FRAME_BYTES = 16 << 20
+"""Of one payload frame; longer messages travel in several."""
+
+
+@dataclass(frozen=True, slots=True)
+class MessageHeader:
+    """A message begins. Its payload rides along as one frame, or follows in chunks."""
+
+    seq: int
+    """Messages sent before it on this edge, in this direction."""
+    tag: str
+    sizes: tuple[int, ...]
+    """Bytes of each buffer."""
+    frame_bytes: int
+    """No payload frame is longer. A chunk ends at the buffer's end or after this many bytes of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next payload frame of message `seq`, which starts at byte `offset` of the message."""
+
+    seq: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """The receiver has taken `size_bytes`: as many more may be sent."""
+
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """The sender closes in good order; nothing follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Who knocks at a node's door; the token is the job's secret."""
+
+    version: int
+    rank: int
+    to_rank: int
+    token: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Where the edge's own socket listens, and the word to say there first."""
+
+    endpoint: str
+    secret: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why the door stays shut."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """First word on an edge's own socket, from both ends; `window_bytes` is what this end will hold unreceived."""
+
+    secret: bytes
+    window_bytes: int
+
+
+Header: TypeAlias = MessageHeader | Chunk | Credit | Goodbye | Hello | Welcome | Refusal | Attach
+
+_CLASS_OF_KIND: dict[int, type[Header]] = {
+    1: MessageHeader,
+    2: Chunk,
+    3: Credit,
+    4: Goodbye,
+    5: Hello,
+    6: Welcome,
+    7: Refusal,
+    8: Attach,
+}
+_KIND_OF_CLASS = {cls: kind for kind, cls in _CLASS_OF_KIND.items()}
+_FIELDS_OF_CLASS = {cls: tuple(field.name for field in fields(cls)) for cls in _KIND_OF_CLASS}
+
+
+def encode_header(header: Header) -> bytes:
+    """Return the record as one frame.
+
+    Raises:
+        ProtocolError: a message that the protocol cannot carry: too many buffers, too long a tag.
+    """
+    cls = type(header)
+    check = _CHECK_OF_CLASS.get(cls)
+    if check is not None:
+        check(header)
+    return pack((_KIND_OF_CLASS[cls], *[getattr(header, name) for name in _FIELDS_OF_CLASS[cls]]))
+
+
+def decode_header(frame: bytes) -> Header:
+    """Return the record in a frame.
+
+    Raises:
+        ProtocolError: not a record of this protocol, or one beyond the limits.
+    """
+    value = unpack(frame)
+    if type(value) is not tuple or not value or type(value[0]) is not int or value[0] not in _CLASS_OF_KIND:
+        raise ProtocolError("frame is no record of this protocol", value=bytes(frame[:16]), valid=_CLASS_OF_KIND)
+    cls = _CLASS_OF_KIND[value[0]]
+    if len(value) - 1 != len(_TYPES_OF_CLASS[cls]):
+        raise ProtocolError(f"{cls.__name__} has the wrong number of fields", value=len(value) - 1)
+    given: tuple[Any, ...] = value[1:]
+    for item, wanted, name in zip(given, _TYPES_OF_CLASS[cls], _FIELDS_OF_CLASS[cls], strict=True):
+        if type(item) is not wanted or (wanted is int and item < 0):
+            raise ProtocolError(f"{cls.__name__}.{name} is no {_NAME_OF_TYPE[wanted]}", value=_short(item))
+    header = cls(*given)
+    check = _CHECK_OF_CLASS.get(cls)
+    if check is not None:
+        check(header)
+    return header
+
+
+_TYPES_OF_CLASS: dict[type[Header], tuple[type, ...]] = {
+    MessageHeader: (int, str, tuple, int),
+    Chunk: (int, int),
+    Credit: (int,),
+    Goodbye: (),
+    Hello: (int, int, int, bytes),
+    Welcome: (str, bytes),
+    Refusal: (str,),
+    Attach: (bytes, int),
+}
+_NAME_OF_TYPE = {int: "whole number of 0 or more", str: "text", bytes: "bytes", tuple: "array"}
+
+
+def _check_message(header: Any) -> None:
+    if len(header.tag) > MAX_TAG_BYTES or len(header.tag.encode()) > MAX_TAG_BYTES:
+        raise ProtocolError("tag is too long", value=header.tag[:64], valid=f"at most {MAX_TAG_BYTES} bytes of UTF-8")
+    if len(header.sizes) > MAX_BUFFERS:
+        raise ProtocolError("message has too many buffers", value=len(header.sizes), valid=f"at most {MAX_BUFFERS}")
+    if not all(type(size) is int and size >= 0 for size in header.sizes):
+        raise ProtocolError("message has a buffer of no size", value=_short(header.sizes))
+    if sum(header.sizes) > MAX_MESSAGE_BYTES:
+        raise ProtocolError("message is too long", value=sum(header.sizes), valid=f"at most {MAX_MESSAGE_BYTES} bytes")
+    if not 1 <= header.frame_bytes <= MAX_FRAME_BYTES:
+        raise ProtocolError("frame length is out of range", value=header.frame_bytes, valid=f"1 to {MAX_FRAME_BYTES}")
+
+
+_CHECK_OF_CLASS: dict[type[Header], Callable[[Any], None]] = {MessageHeader: _check_message}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 64 else text[:61] + "..."
