@@ -9,15 +9,18 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hybrid.errors import HybridError
 
 _STARTED_S = time.monotonic()
+_INTERRUPTED = 130
+"""What a shell reports for a command that Ctrl-C ended."""
 
 app = typer.Typer(
     name="hybrid",
@@ -48,11 +51,17 @@ def doctor(json: Json = False) -> None:
 
 
 @app.command()
-def plan(job: Job, address: Address = None, json: Json = False, override: Override = None) -> None:
+def plan(
+    job: Job,
+    address: Address = None,
+    json: Json = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the plan (YAML) for `hybrid train --plan`.")] = None,
+    override: Override = None,
+) -> None:
     """Print where each layer goes and the simulated step; take no device."""
     from hybrid.commands.plan import run_plan
 
-    run_plan(job, address=address, as_json=json, overrides=override or [])
+    run_plan(job, address=address, as_json=json, out=out, overrides=override or [])
 
 
 @app.command()
@@ -116,26 +125,49 @@ def bench_pipeline(
     run_bench("pipeline", as_json=json, quick=quick)
 
 
-def main() -> None:
-    """Run the command line; the entry point of the script `hybrid`."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; the entry point of the script `hybrid`.
+
+    Args:
+        argv: the words after `hybrid`; default: the process's own.
+
+    Raises:
+        SystemExit: always. 0: done; 1: failed; 2: what the user gave is wrong, told in one line; 130: interrupted.
+    """
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = app(standalone_mode=False)
+        code = app(args=None if argv is None else list(argv), standalone_mode=False)
     except HybridError as error:
-        print(f"hybrid: {error}", file=sys.stderr)
+        # A worker's failure carries its traceback; what the user gave wrong is one line, whatever is in it.
+        text = str(error) if error.exit_code == 1 else " ".join(str(error).split())
+        print(f"hybrid: {text}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("hybrid: interrupted; everything that was started is ended", file=sys.stderr)
-        raise SystemExit(130) from None
-    except typer.Abort:
-        raise SystemExit(130) from None
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
     except Exception as error:
-        exit_code = getattr(error, "exit_code", None)  # click's usage errors
+        exit_code = getattr(error, "exit_code", None)  # a wrong command line
         if exit_code is None or not hasattr(error, "format_message"):
             raise
-        error.show()  # type: ignore[attr-defined]
+        print(_usage(error), file=sys.stderr)
         raise SystemExit(exit_code) from None
+    if code == _INTERRUPTED:  # typer may have turned Ctrl-C into this code itself
+        print("hybrid: interrupted; everything that was started is ended", file=sys.stderr)
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Any) -> str:
+    """Return a wrong command line's error in one line; the help itself where no command was given."""
+    context = getattr(error, "ctx", None)
+    if context is None or type(error).__name__ == "NoArgsIsHelpError":
+        return str(error.format_message())
+    commands = getattr(context.command, "commands", None)
+    options = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
+    fact = HybridError(
+        error.format_message().rstrip("."),
+        valid=commands or options,
+        fix=f"see `{context.command_path} --help`",
+    )
+    return f"hybrid: {' '.join(str(fact).split())}"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
