@@ -2,22 +2,38 @@
 
 Frozen pydantic models that refuse unknown keys. The only file that reads `os.environ` and the only
 one that imports pydantic. What can be checked from the job alone is checked here; what needs the catalog, the
-corpus or the cluster is checked by those. May import only `errors`.
+corpus or the cluster is checked by those. May import only `errors`, `complaints` and `marked_yaml`.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from hybrid.complaints import Key, Place, complaint_of
 from hybrid.errors import ConfigError
+from hybrid.marked_yaml import read_yaml
 
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+def _no_flag(value: object) -> object:
+    # YAML's `yes` would pass for the number 1.
+    if isinstance(value, bool):
+        raise ValueError("not a number; valid: a number")
+    return value
+
+
+Count = Annotated[int, Field(strict=True)]
+Positive = Annotated[int, Field(gt=0, strict=True)]
+Real = Annotated[float, BeforeValidator(_no_flag)]
+Share = Annotated[Real, Field(ge=0.0, lt=1.0)]
+MAX_MICROBATCHES = 4096
+"""In one step; each is planned, simulated and walked one by one."""
+
 Precision = Literal["fp32", "bf16", "fp64"]
 ScheduleName = Literal["1f1b", "gpipe"]
 
@@ -29,16 +45,16 @@ class _Frozen(BaseModel):
 class ModelConfig(_Frozen):
     """A Llama-style decoder: embedding, `num_blocks` blocks, final norm and head."""
 
-    num_blocks: Positive = 8
+    num_blocks: Annotated[Count, Field(gt=0, le=1024)] = 8
     hidden_size: Positive = 256
-    num_heads: Positive = 8
+    num_heads: Annotated[Count, Field(gt=0, le=4096)] = 8
     num_kv_heads: Positive = 4
     intermediate_size: Positive = 704
-    vocab_size: Annotated[int, Field(ge=300)] = 4096
-    sequence_length: Annotated[int, Field(ge=2)] = 128
+    vocab_size: Annotated[Count, Field(ge=300)] = 4096
+    sequence_length: Annotated[Count, Field(ge=2)] = 128
     tied_embeddings: bool = True
-    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    rope_theta: Annotated[Real, Field(gt=0)] = 10_000.0
+    norm_eps: Annotated[Real, Field(gt=0)] = 1e-5
 
     @property
     def num_layers(self) -> int:
@@ -53,12 +69,28 @@ class ModelConfig(_Frozen):
     @model_validator(mode="after")
     def _divides(self) -> ModelConfig:
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}; "
+                f"valid: hidden_size {self._around(self.hidden_size, 2 * self.num_heads)}"
+            )
         if self.head_size % 2:
-            raise ValueError(f"head size {self.head_size} (hidden_size / num_heads) must be even for rotary embedding")
+            raise ValueError(
+                f"head size {self.head_size} (hidden_size / num_heads) is odd, which rotary embedding cannot turn; "
+                f"valid: hidden_size {self._around(self.hidden_size, 2 * self.num_heads)}"
+            )
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+            divisors = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "
+                f"valid: num_kv_heads {divisors}"
+            )
         return self
+
+    @staticmethod
+    def _around(size: int, step: int) -> str:
+        """Return the multiples of `step` next to a size."""
+        below, above = size // step * step, -(-size // step) * step
+        return f"{below} or {above}" if below else str(above)
 
 
 class DataConfig(_Frozen):
@@ -69,14 +101,14 @@ class DataConfig(_Frozen):
     """A text file, or a folder of text files; only with `source: text`."""
     pattern: str = "**/*.txt"
     """Which files of a folder are read."""
-    held_out_share: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.02
+    held_out_share: Annotated[Real, Field(gt=0.0, lt=0.5)] = 0.02
     max_bytes: Positive = 8_000_000
     """The corpus is cut here, at a file's end."""
 
     @model_validator(mode="after")
     def _path_goes_with_text(self) -> DataConfig:
         if (self.path is None) != (self.source == "python-stdlib"):
-            raise ValueError("give `path` with `source: text`, and only with it")
+            raise ValueError("`path` goes with `source: text`, and only with it; valid: both, or neither")
         return self
 
 
@@ -84,20 +116,20 @@ class OptimizerConfig(_Frozen):
     """AdamW with warm-up and cosine decay, clipped by the global gradient norm."""
 
     name: Literal["adamw"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    min_learning_rate_share: Annotated[float, Field(ge=0, le=1)] = 0.1
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    learning_rate: Annotated[Real, Field(gt=0)] = 1e-3
+    min_learning_rate_share: Annotated[Real, Field(ge=0, le=1)] = 0.1
+    warmup_steps: Annotated[Count, Field(ge=0)] = 10
     beta1: Share = 0.9
     beta2: Share = 0.95
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    eps: Annotated[Real, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.1
+    clip_norm: Annotated[Real, Field(gt=0)] | None = 1.0
 
 
 class BatchConfig(_Frozen):
     """Samples in one optimizer step, and in one microbatch."""
 
-    global_batch: Positive = 32
+    global_batch: Annotated[Count, Field(gt=0, le=1_000_000)] = 32
     microbatch: Positive = 4
 
     @property
@@ -108,10 +140,15 @@ class BatchConfig(_Frozen):
     @model_validator(mode="after")
     def _divides(self) -> BatchConfig:
         if self.global_batch % self.microbatch:
-            divisors = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
+            divisors = ", ".join(str(n) for n in range(1, self.global_batch + 1) if self.global_batch % n == 0)
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of microbatch {self.microbatch}; "
-                f"valid microbatch: {', '.join(map(str, divisors))}"
+                f"valid: microbatch {divisors}"
+            )
+        if self.num_microbatches > MAX_MICROBATCHES:
+            raise ValueError(
+                f"global_batch {self.global_batch} is {self.num_microbatches} microbatches of {self.microbatch}; "
+                f"valid: at most {MAX_MICROBATCHES} microbatches in a step"
             )
         return self
 
@@ -122,14 +159,14 @@ class IslandConfig(_Frozen):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     device: str
     """A chip or a system of the catalog: `trn2`, `h100`, `trn2.48xlarge`, `cpu`, …"""
-    count: Positive = 1
+    count: Annotated[Count, Field(gt=0, le=1_000_000)] = 1
     """How many of `device`."""
     site: str = "local"
     backend: Literal["auto", "cpu", "emulated"] = "auto"
     """`auto`: `cpu` for the chip `cpu`, `emulated` for every other chip."""
     memory_bytes: Positive | None = None
     """Overrides the catalog's memory of one chip."""
-    speed: Annotated[float, Field(gt=0)] = 1.0
+    speed: Annotated[Real, Field(gt=0)] = 1.0
     """Multiplies the catalog's speed, for a slower or faster specimen."""
 
 
@@ -137,8 +174,8 @@ class LinkConfig(_Frozen):
     """The link between two islands, or inside one (`between: [a, a]`)."""
 
     between: tuple[str, str]
-    bandwidth_bytes_per_s: Annotated[float, Field(gt=0)]
-    latency_s: Annotated[float, Field(ge=0)] = 0.0
+    bandwidth_bytes_per_s: Annotated[Real, Field(gt=0)]
+    latency_s: Annotated[Real, Field(ge=0)] = 0.0
 
 
 class FleetConfig(_Frozen):
@@ -154,7 +191,7 @@ class FleetConfig(_Frozen):
         names = [island.name for island in self.islands]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"island named twice: {', '.join(twice)}")
+            raise ValueError(f"island {', '.join(twice)} is named twice; valid: a name of its own for each")
         for link in self.links:
             unknown = sorted(set(link.between) - set(names))
             if unknown:
@@ -186,28 +223,30 @@ class RuntimeConfig(_Frozen):
     transport: Literal["zmq", "inproc"] = "zmq"
     zmq_medium: Literal["ipc", "tcp"] = "tcp"
     threads_per_rank: Positive = 1
-    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    timeout_s: Annotated[Real, Field(gt=0)] = 60.0
     """The longest silence of a peer that is waited out."""
-    heartbeat_s: Annotated[float, Field(gt=0)] = 1.0
-    placement_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    coordinator_port: Annotated[int, Field(ge=0, lt=65536)] = 0
+    heartbeat_s: Annotated[Real, Field(gt=0)] = 1.0
+    placement_timeout_s: Annotated[Real, Field(gt=0)] = 60.0
+    coordinator_port: Annotated[Count, Field(ge=0, lt=65536)] = 0
     """0 takes a free port."""
 
     @model_validator(mode="after")
     def _inproc_is_one_process(self) -> RuntimeConfig:
         if self.transport == "inproc" and self.placement != "threads":
-            raise ValueError("transport `inproc` joins threads of one process; set placement: threads, or transport: zmq")
+            raise ValueError(
+                "transport inproc joins threads of one process; valid: placement threads, or transport zmq"
+            )
         return self
 
 
 class EmulationConfig(_Frozen):
     """How emulated chips keep their pace."""
 
-    time_scale: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    time_scale: Annotated[Real, Field(gt=0)] | Literal["auto"] = "auto"
     """Wall seconds for one second of the real chip; `auto` takes the smallest at which this machine keeps up."""
     pace: bool = True
     """False computes as fast as this machine can."""
-    efficiency: Annotated[float, Field(gt=0, le=1)] = 0.4
+    efficiency: Annotated[Real, Field(gt=0, le=1)] = 0.4
     """Share of the catalog's peak that the cost table assumes."""
 
 
@@ -215,7 +254,7 @@ class JobConfig(_Frozen):
     """One training job."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = "job"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
+    seed: Annotated[Count, Field(ge=0, lt=2**63)] = 1234
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -237,9 +276,11 @@ class JobConfig(_Frozen):
     @classmethod
     def _fleet_word(cls, value: object) -> object:
         # Without this, pydantic reports each branch of the union and buries the cause.
-        if isinstance(value, str) and value != "ray":
-            raise ValueError(f"fleet {value!r} is neither a mapping with `islands` nor the word `ray`")
-        return FleetConfig.model_validate(value) if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            return FleetConfig.model_validate(value)
+        if value == "ray" or isinstance(value, FleetConfig):
+            return value
+        raise ValueError("not a fleet; valid: a mapping with islands, links, catalog, or the word ray")
 
     @model_validator(mode="after")
     def _stages_have_layers(self) -> JobConfig:
@@ -255,7 +296,7 @@ def load_job(path: Path) -> JobConfig:
     """Return the job in a YAML file; its relative paths are taken from the file's folder.
 
     Raises:
-        ConfigError: no such file, no YAML, an unknown key, a wrong value; names file, key, value and valid ones.
+        ConfigError: no such file, no YAML, an unknown key, a wrong value; names file, line, key, value and valid ones.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -263,29 +304,34 @@ def load_job(path: Path) -> JobConfig:
         raise ConfigError(
             "no such job file", value=str(path), fix="give the path of a job.yaml; see examples/"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"job file cannot be read: {error}", where=str(path), fix="give a UTF-8 YAML file") from None
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise ConfigError(f"job file is not YAML: {problem}", where=f"{path}{line}", fix="mend that line") from None
-    if not isinstance(raw, dict):
+    except UnicodeDecodeError as error:
+        fact = f"job file is not UTF-8 text at byte {error.start}"
+        raise ConfigError(fact, where=str(path), fix="give a YAML file; see examples/") from None
+    except OSError as error:
+        fact = f"job file cannot be read: {error.strerror}"
+        raise ConfigError(fact, value=str(path), fix="give the path of a job.yaml; see examples/") from None
+    document = read_yaml(text, what="job file", where=str(path))
+    if not isinstance(document.value, dict):
         raise ConfigError(
-            "job file holds no mapping", where=str(path), valid=JobConfig.model_fields, fix="see examples/"
+            f"job file holds {'nothing' if document.value is None else 'no mapping'}",
+            where=str(path),
+            valid=f"a mapping of {', '.join(JobConfig.model_fields)}",
+            fix="see examples/",
         )
-    return parse_job(raw, where=str(path), base=path.parent)
+
+    def place(key: Key) -> str:
+        return f"{path}, line {document.line_of(key)}: {_dotted(key)}"
+
+    return _anchored(_parsed(document.value, place), path.parent)
 
 
-def parse_job(raw: dict[str, object], *, where: str = "job", base: Path | None = None) -> JobConfig:
-    """Return the job that a mapping describes; see `load_job`."""
-    try:
-        job = JobConfig.model_validate(raw)
-    except ValidationError as error:
-        raise _config_error(error, where) from None
-    return job if base is None else _anchored(job, base)
+def parse_job(raw: Mapping[str, object], *, where: str | Place = "job") -> JobConfig:
+    """Return the job that a mapping describes; see `load_job`. Relative paths stay as they are.
+
+    Args:
+        where: names the mapping's origin in errors, by itself or for a key.
+    """
+    return _parsed(raw, (lambda key: f"{where}: {_dotted(key)}") if isinstance(where, str) else where)
 
 
 def dump_job(job: JobConfig) -> str:
@@ -316,42 +362,12 @@ def _anchored(job: JobConfig, base: Path) -> JobConfig:
     return job
 
 
-def _config_error(error: ValidationError, where: str) -> ConfigError:
-    """Turn pydantic's first complaint into one sentence, with the valid keys where a key is unknown."""
-    first = error.errors(include_url=False)[0]
-    key = ".".join(
-        str(part) for part in first["loc"] if not str(part).startswith(("function", "FleetConfig", "literal"))
-    )
-    place = f"{where}: {key}" if key else where
-    more = f" ({error.error_count() - 1} more after it)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        parent = _model_at(first["loc"][:-1])
-        name = first["loc"][-1]
-        valid = parent.model_fields if parent else None
-        return ConfigError(f"unknown key{more}", value=str(name), valid=valid, where=place, fix="rename or remove it")
-    message = first["msg"].removeprefix("Value error, ")
-    value = first.get("input")
-    shown = value if isinstance(value, str | int | float | bool | None) else None
-    return ConfigError(f"{message}{more}", value=shown, where=place, fix="mend that key")
+def _parsed(raw: Mapping[str, object], place: Place) -> JobConfig:
+    try:
+        return JobConfig.model_validate(raw)
+    except ValidationError as error:
+        raise complaint_of(error.errors(include_url=False), JobConfig, place) from None
 
 
-def _model_at(loc: tuple[int | str, ...]) -> type[BaseModel] | None:
-    """Return the config class at a pydantic error's location."""
-    model: type[BaseModel] | None = JobConfig
-    for part in loc:
-        if isinstance(part, int) or model is None:
-            continue
-        field = model.model_fields.get(str(part))
-        model = _model_in(field.annotation) if field else model
-    return model
-
-
-def _model_in(annotation: object) -> type[BaseModel] | None:
-    """Return the config class inside an annotation such as `tuple[IslandConfig, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _model_in(inner)
-        if found is not None:
-            return found
-    return None
+def _dotted(key: Key) -> str:
+    return ".".join(map(str, key)) or "job"

@@ -61,7 +61,7 @@ class HybridError(Exception):
             text += f"; valid: {self.valid}"
         if self.fix is not None:
             text += f". {self.fix[0].upper()}{self.fix[1:]}"
-        return text if text.endswith(".") else text + "."
+        return text if text.endswith((".", "?")) else text + "."
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments do not survive Exception's own pickling, which

@@ -2,49 +2,64 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from hybrid.config import FleetConfig, JobConfig, dump_job, load_job, parse_job
+from hybrid.complaints import Key, close_to
+from hybrid.config import FleetConfig, JobConfig, load_job, parse_job
 from hybrid.errors import ConfigError, FleetError, PlanError
 from hybrid.hardware.catalog import load_catalog
 from hybrid.hardware.fleet import Fleet, build_fleet
+from hybrid.marked_yaml import read_yaml
 from hybrid.models.profile import build_profile
 from hybrid.scheduler.plan import Plan
 from hybrid.scheduler.planner import plan as make_plan
 
 
 def read_job(path: Path, overrides: Sequence[str]) -> JobConfig:
-    """Return the job in a file with `key.key=value` laid over it; values are YAML.
+    """Return the job in a file with `key.key=value` laid over it; values are YAML, paths are taken from here.
 
     Raises:
         ConfigError: the file or an override is wrong.
     """
     job = load_job(path)
-    if not overrides:
-        return job
-    raw: dict[str, Any] = yaml.safe_load(dump_job(job))
+    raw: dict[str, Any] = job.model_dump(mode="json")
+    text_of_key = {}
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError("an override is KEY=VALUE", value=override, fix="write `--set batch.microbatch=2`")
-        *parents, last = key.split(".")
-        where = raw
-        for parent in parents:
-            inner = where.get(parent)
-            if not isinstance(inner, dict):
-                raise ConfigError(
-                    "an override names no mapping of the job", value=parent, valid=where, where=f"--set {override}"
-                )
-            where = inner
-        try:
-            where[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError("an override's value is not YAML", value=text, where=f"--set {override}") from None
-    return parse_job(raw, where=f"{path} with --set")
+        keys = tuple(key.split("."))
+        if not equals or not all(keys):
+            raise ConfigError(
+                "an override is KEY=VALUE",
+                value=override,
+                where="--set",
+                fix="write, for example, `--set batch.microbatch=2`",
+            )
+        _lay(raw, keys, override, read_yaml(text, what="an override's value", where=f"--set {override}").value)
+        text_of_key[keys] = override
+
+    def place(key: Key) -> str:
+        # The file was right before the overrides were laid over it.
+        met = [text for keys, text in text_of_key.items() if all(a == b for a, b in zip(keys, key, strict=False))]
+        words = " ".join(f"--set {text}" for text in met or text_of_key.values())
+        return f"{words}: {'.'.join(map(str, key)) or 'job'}"
+
+    return parse_job(raw, where=place) if overrides else job
+
+
+def _lay(raw: dict[str, Any], keys: tuple[str, ...], override: str, value: object) -> None:
+    """Set the value of a key in nested mappings."""
+    where = raw
+    for depth, key in enumerate(keys[:-1]):
+        inner = where.get(key)
+        if not isinstance(inner, dict):
+            mappings = [name for name, held in where.items() if isinstance(held, dict)]
+            fact = f"the job has no mapping {'.'.join(keys[: depth + 1])}"
+            raise ConfigError(fact, value=key, valid=mappings, where=f"--set {override}", fix=close_to(key, mappings))
+        where = inner
+    where[keys[-1]] = value
 
 
 def fleet_of(job: JobConfig, address: str | None) -> tuple[JobConfig, Fleet]:
@@ -93,32 +108,81 @@ def plan_of(job: JobConfig, fleet: Fleet, plan_file: Path | None = None) -> Plan
 def _read_plan(path: Path, job: JobConfig, fleet: Fleet) -> Plan:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise PlanError(
-            "no such plan file", value=str(path), fix="write one with `hybrid plan JOB --json`, or leave --plan out"
-        ) from None
+    except FileNotFoundError:
+        raise PlanError("no such plan file", value=str(path), fix=_PLAN_FIX) from None
+    except UnicodeDecodeError as error:
+        raise PlanError(f"plan file is not UTF-8 text at byte {error.start}", where=str(path), fix=_PLAN_FIX) from None
+    except OSError as error:
+        raise PlanError(f"plan file cannot be read: {error.strerror}", value=str(path), fix=_PLAN_FIX) from None
     plan = Plan.from_yaml(text, where=str(path))
+    _check_job(plan, job, str(path))
+    _check_fleet(plan, fleet, str(path))
+    return plan
+
+
+_PLAN_FIX = "write one with `hybrid plan JOB --out plan.yaml`, or leave --plan out"
+
+
+def _check_job(plan: Plan, job: JobConfig, where: str) -> None:
+    """Refuse a plan of another job."""
+    profile = build_profile(job.model, microbatch=job.batch.microbatch, precision=job.precision)
     for name, found, wanted in (
+        ("model", plan.model, profile.model),
         ("num_layers", plan.num_layers, job.model.num_layers),
+        ("schedule", plan.schedule, job.schedule),
         ("num_microbatches", plan.num_microbatches, job.batch.num_microbatches),
         ("microbatch", plan.microbatch, job.batch.microbatch),
         ("precision", plan.precision, job.precision),
     ):
         if found != wanted:
             raise PlanError(
-                f"plan is of another job: {name} is {found!r}, the job's is {wanted!r}",
-                where=str(path),
-                fix="plan the job again",
+                f"the plan is of another job: its {name} is {found}, the job's is {wanted}",
+                value=found,
+                valid=str(wanted),
+                where=where,
+                fix="plan the job again, or change the job",
             )
-    chips = {rank: island for rank, island, _ in fleet.chips()}
+
+
+def _check_fleet(plan: Plan, fleet: Fleet, where: str) -> None:
+    """Refuse a plan that puts a stage where the fleet has no such device."""
+    fix = "plan the job again on this fleet"
+    island_of_name = {island.name: island for island in fleet.islands}
+    taken: Counter[str] = Counter()
     for stage in plan.stages:
-        island = chips.get(stage.rank)
-        if island is None or island.name != stage.island or island.chip.name != stage.chip:
-            valid = ", ".join(f"{i.name} ({i.num_chips} x {i.chip.name})" for i in fleet.islands)
+        place = f"{where}: stages[{stage.stage}]"
+        island = island_of_name.get(stage.island)
+        if island is None:
             raise PlanError(
-                f"plan puts stage {stage.stage} on rank {stage.rank} ({stage.chip} of {stage.island}), which the fleet lacks",
-                valid=valid,
-                where=str(path),
-                fix="plan the job again on this fleet",
+                "the fleet has no such island", value=stage.island, valid=island_of_name, where=place, fix=fix
             )
-    return plan
+        taken[island.name] += 1
+        for name, found, wanted in (
+            ("rank", stage.rank, stage.stage),
+            ("chip", stage.chip, island.chip.name),
+            ("backend", stage.backend, island.backend),
+        ):
+            if found != wanted:
+                raise PlanError(
+                    f"{name} of island {island.name}'s stage is another",
+                    value=found,
+                    valid=str(wanted),
+                    where=place,
+                    fix=fix,
+                )
+        if stage.memory_limit_bytes > island.memory_bytes:
+            raise PlanError(
+                f"a chip of island {island.name} holds less than the plan counts on",
+                value=stage.memory_limit_bytes,
+                valid=f"at most {island.memory_bytes} bytes",
+                where=f"{place}.memory_limit_bytes",
+                fix=fix,
+            )
+        if taken[island.name] > island.num_chips:
+            raise PlanError(
+                f"the plan takes more chips of island {island.name} than it has",
+                value=taken[island.name],
+                valid=f"at most {island.num_chips}",
+                where=place,
+                fix=fix,
+            )

@@ -11,13 +11,27 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid.commands.job import fleet_of, plan_of, read_job
+from hybrid.errors import MachineError
 from hybrid.scheduler.plan import Plan
 
 
-def run_plan(path: Path, *, address: str | None, as_json: bool, overrides: Sequence[str]) -> None:
-    """Plan the job and print the plan; nothing is written and no device taken."""
+def run_plan(path: Path, *, address: str | None, as_json: bool, out: Path | None, overrides: Sequence[str]) -> None:
+    """Plan the job and print the plan; nothing but `out` is written and no device taken.
+
+    Raises:
+        MachineError: `out` cannot be written.
+    """
     job, fleet = fleet_of(read_job(path, overrides), address)
     plan = plan_of(job, fleet)
+    if out is not None:
+        try:
+            out.write_text(plan.to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise MachineError(
+                f"the plan cannot be written: {error.strerror}",
+                value=str(out),
+                fix="give --out a file in a folder that is there",
+            ) from None
     if as_json:
         print(
             json.dumps(
