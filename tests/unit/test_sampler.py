@@ -145,6 +145,15 @@ def test_the_order_is_the_one_that_older_runs_had():
     assert windows.tolist() == [640, 367, 54, 5, 456, 830, 982, 690]
 
 
+def test_the_second_epoch_has_another_order_than_the_first():
+    first, second = (
+        sample_windows(seed=1, step=epoch, global_batch=40, first_sample=0, num_samples=40, num_windows=40).tolist()
+        for epoch in range(2)
+    )
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
 def test_held_out_windows_come_round_again_after_the_last():
     tokens = np.arange(31, dtype=np.uint16)
     inputs, _ = held_out_batch(tokens, first_sample=2, num_samples=3, sequence_length=10)
