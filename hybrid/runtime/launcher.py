@@ -240,6 +240,12 @@ def follow_job(address: str, *, entrypoint: str, working_dir: Path, write: Calla
         client = JobSubmissionClient(address)
         job_id = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(working_dir)})
     except Exception as error:
+        if type(error).__name__ == "AuthenticationError":
+            raise MachineError(
+                f"the cluster wants a token: {_first_line(error)}",
+                value=address,
+                fix="set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file that holds the cluster's token",
+            ) from None
         raise MachineError(
             f"no Ray dashboard answers there: {_first_line(error)}",
             value=address,
