@@ -122,7 +122,8 @@ def _breaches(function: ast.FunctionDef) -> Iterator[tuple[str, int, str]]:
             for keyword in decorator.keywords:
                 if keyword.arg in _JIT_REMOVED:
                     yield "jit-arguments", decorator.lineno, f"nki.jit({keyword.arg}=)"
-    for node in ast.walk(function):
+    yield from _signature(function)
+    for node in _body(function):
         line = getattr(node, "lineno", function.lineno)
         if isinstance(node, ast.FunctionDef):
             yield from _signature(node)
@@ -170,5 +171,11 @@ def _imports_neuronxcc(node: ast.AST) -> bool:
     return isinstance(node, ast.Import) and any(a.name.split(".")[0] == "neuronxcc" for a in node.names)
 
 
+def _body(function: ast.FunctionDef) -> Iterator[ast.AST]:
+    """Yield the nodes of the body; decorators run in plain Python, before NKI."""
+    for statement in function.body:
+        yield from ast.walk(statement)
+
+
 def _called_names(function: ast.FunctionDef) -> list[str]:
-    return [n.func.id for n in ast.walk(function) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    return [n.func.id for n in _body(function) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
