@@ -166,15 +166,15 @@ def decode_header(frame: bytes) -> Header:
     Raises:
         ProtocolError: not a record of this protocol, or one beyond the limits.
     """
-    value = unpack(frame)
-    if type(value) is not tuple or not value or type(value[0]) is not int or value[0] not in _CLASS_OF_KIND:
+    value: Any = unpack(frame)
+    if not isinstance(value, tuple) or not value or type(value[0]) is not int or value[0] not in _CLASS_OF_KIND:
         raise ProtocolError("frame is no record of this protocol", value=bytes(frame[:16]), valid=_CLASS_OF_KIND)
     cls = _CLASS_OF_KIND[value[0]]
     if len(value) - 1 != len(_TYPES_OF_CLASS[cls]):
         raise ProtocolError(f"{cls.__name__} has the wrong number of fields", value=len(value) - 1)
     given: tuple[Any, ...] = value[1:]
     for item, wanted, name in zip(given, _TYPES_OF_CLASS[cls], _FIELDS_OF_CLASS[cls], strict=True):
-        if type(item) is not wanted or (wanted is int and item < 0):
+        if type(item) is not wanted or (isinstance(item, int) and item < 0):
             raise ProtocolError(f"{cls.__name__}.{name} is no {_NAME_OF_TYPE[wanted]}", value=_short(item))
     header = cls(*given)
     check = _CHECK_OF_CLASS.get(cls)

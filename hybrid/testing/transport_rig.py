@@ -5,6 +5,7 @@ No clause is here. May import only `errors` and `transports`.
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -145,3 +146,16 @@ class Landing:
             if view != sent:
                 wrong = next(at for at in range(len(sent)) if view[at] != sent[at])
                 raise Broken(f"{name}: byte {wrong} of {len(sent)} in buffer {index} is not what was sent")
+
+
+def random_message(chance: random.Random, sizes: Sequence[int]) -> list[bytes]:
+    """Return buffers of random bytes."""
+    return [chance.randbytes(size) for size in sizes]
+
+
+def transfer(rig: Rig, sender: Transport, receiver: Transport, tag: str, message: Sequence[bytes]) -> None:
+    """Send one message and go on only if it arrives; its receive is posted first, so that it may be of any size."""
+    landing = Landing([len(buffer) for buffer in message])
+    received = receiver.recv(tag, landing.views)
+    wait_all(rig, received, sender.send(tag, message))
+    landing.check(message, f"message {tag!r}")

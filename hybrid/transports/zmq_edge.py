@@ -188,24 +188,25 @@ class ZmqTransport(Transport):
         except zmq.Again:
             self._readable = False
             return False
+        more = bool(self._socket.getsockopt(zmq.RCVMORE))
         match record:
             case MessageHeader():
-                self._begin(record)
+                self._begin(record, more)
             case Chunk():
                 message = self._arriving
                 if message is None or (record.seq, record.offset) != (message.header.seq, message.filled_bytes):
                     raise ProtocolError(f"rank {self.peer} sent a chunk out of turn", value=(record.seq, record.offset))
+                if not more:
+                    raise ProtocolError(f"rank {self.peer} sent a chunk without a payload")
                 self._take_payload(message, message.next_frame_bytes(), 0)
-            case Credit():
+            case Credit() if not more:
                 self._credit_bytes += record.size_bytes
                 self._pump()
-            case Goodbye():
+            case Goodbye() if not more:
                 self._gone = PeerLost(f"rank {self.peer} has closed the edge", fix="rebuild the edge or the group")
             case _:
-                raise ProtocolError(
-                    f"rank {self.peer} sent a record that has no place here", value=type(record).__name__
-                )
-        if self._socket.getsockopt(zmq.RCVMORE):
+                raise ProtocolError(f"rank {self.peer} sent a {type(record).__name__} that has no place here")
+        if more and self._socket.getsockopt(zmq.RCVMORE):
             raise ProtocolError(f"rank {self.peer} sent more frames than its record announced")
         return True
 
@@ -228,7 +229,7 @@ class ZmqTransport(Transport):
             self._say(Attach(self._secret, self._options.window_bytes))
         self.met = True
 
-    def _begin(self, header: MessageHeader) -> None:
+    def _begin(self, header: MessageHeader, more: bool) -> None:
         if self._arriving is not None or header.seq != self._next_in:
             raise ProtocolError(
                 f"rank {self.peer} sent a message out of turn", value=header.seq, valid=f"message {self._next_in}"
@@ -239,7 +240,6 @@ class ZmqTransport(Transport):
         if receive is not None:
             self._bind(message, receive)
         self._arriving = message
-        more = self._socket.getsockopt(zmq.RCVMORE)
         if more and not 0 < message.size_bytes <= header.frame_bytes:
             raise ProtocolError(f"rank {self.peer} sent a payload that its header does not announce")
         self._take_payload(message, message.size_bytes if more else 0, MESSAGE_OVERHEAD_BYTES)

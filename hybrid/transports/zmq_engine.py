@@ -103,8 +103,8 @@ class Engine:
                             self._moving[fd].ready(fd)
                     if self._move(met):
                         self._ring(waiter)
-                    if met():
-                        return True
+                    if met() or self._closed:
+                        return met()
                     if waiter is None:
                         waiter = self._spare.pop() if self._spare else _Waiter()
                         self._blocked.append(waiter)
