@@ -162,12 +162,10 @@ def _usage(error: Any) -> str:
         return str(error.format_message())
     commands = getattr(context.command, "commands", None)
     options = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
-    fact = HybridError(
-        error.format_message().rstrip("."),
-        valid=commands or options,
-        fix=f"see `{context.command_path} --help`",
-    )
-    return f"hybrid: {' '.join(str(fact).split())}"
+    fact, guess, hint = error.format_message().rstrip(".").partition("Did you mean")
+    see = f"see `{context.command_path} --help`"
+    told = HybridError(fact.rstrip(" ."), valid=commands or options, fix=f"{guess}{hint} {see}".strip())
+    return f"hybrid: {' '.join(str(told).split())}"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -112,7 +112,8 @@ class TrainingDiverged(UserError):
     def at(cls, step: int, loss: float, grad_norm: float) -> TrainingDiverged:
         """Return the error of a step whose loss or gradient norm is not finite."""
         return cls(
-            f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; the weights before this step are unharmed",
+            f"step {step} (from 0): the loss is {loss} and the gradient norm {grad_norm}; "
+            "no weight was changed in this step",
             valid="finite numbers",
             fix="lower optimizer.learning_rate, lengthen optimizer.warmup_steps or lower optimizer.clip_norm",
         )

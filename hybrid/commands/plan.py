@@ -12,6 +12,7 @@ from rich.table import Table
 
 from hybrid.commands.job import fleet_of, plan_of, read_job
 from hybrid.errors import MachineError
+from hybrid.runtime.preflight import check_address
 from hybrid.scheduler.plan import Plan
 
 
@@ -21,7 +22,10 @@ def run_plan(path: Path, *, address: str | None, as_json: bool, out: Path | None
     Raises:
         MachineError: `out` cannot be written.
     """
-    job, fleet = fleet_of(read_job(path, overrides), address)
+    job = read_job(path, overrides)
+    if address is not None:
+        check_address(address)
+    job, fleet = fleet_of(job, address)
     plan = plan_of(job, fleet)
     if out is not None:
         try:

@@ -7,18 +7,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybrid.commands.job import read_job
-from hybrid.runtime.launcher import follow_job
+from hybrid.commands.job import fleet_of, plan_of, read_job
+from hybrid.config import FleetConfig
+from hybrid.runtime.preflight import check_dashboard
 
 
 def run_submit(path: Path, *, address: str, overrides: Sequence[str]) -> int:
     """Submit the job and return its exit code.
 
     Raises:
-        ConfigError: the job is wrong; nothing was sent.
+        UserError: the job or its fleet is wrong; nothing was sent.
         MachineError: no dashboard answers at the address.
     """
-    read_job(path, overrides)
+    job = read_job(path, overrides)
+    if isinstance(job.fleet, FleetConfig):
+        plan_of(*fleet_of(job, None))
+    check_dashboard(address)
+    from hybrid.runtime.launcher import follow_job
+
     words = ["python", "-m", "hybrid.cli", "train", path.name, "--address", "auto"]
     for override in overrides:
         words += ["--set", override]

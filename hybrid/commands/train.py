@@ -16,6 +16,7 @@ from hybrid.config import JobConfig
 from hybrid.hardware.fleet import Fleet
 from hybrid.observe.terminal import open_progress
 from hybrid.runtime.placement import Placement
+from hybrid.runtime.preflight import check_address, check_memory
 from hybrid.runtime.trainer import Summary, train, train_in_one_process
 from hybrid.scheduler.plan import Plan
 
@@ -38,8 +39,14 @@ def run_train(
         with open_progress(console, job, num_ranks=1, quiet=as_json) as sink:
             summary = train_in_one_process(job, resume=resume, sink=sink, started_s=started_s)
     else:
+        if address is not None:
+            check_address(address)
         job, fleet = fleet_of(job, address)
         plan = plan_of(job, fleet, plan_file)
+        if address is None:
+            check_memory(
+                sum(stage.memory_bytes for stage in plan.stages), "the job's ranks together, all on this machine,"
+            )
         if not as_json:
             print_plan(plan, console)
         placement = open_placement(job, fleet, plan, address)

@@ -86,7 +86,12 @@ def prepare_data(data: DataConfig, model: ModelConfig) -> TokenData:
     Raises:
         DataError: no corpus, too little text for one window of each part, or a cache that cannot be written.
     """
-    corpus = open_corpus(data)
+    return prepare_tokens(open_corpus(data), model)
+
+
+def prepare_tokens(corpus: Corpus, model: ModelConfig) -> TokenData:
+    """Return the token file of a corpus that is open; see `prepare_data`."""
+    _check_bytes(corpus, model.sequence_length)
     path = cache_dir() / "tokens" / _digest(corpus, model.vocab_size)
     if not _is_whole(path):
         _build(path, corpus, model.vocab_size)
@@ -171,16 +176,28 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _check_bytes(corpus: Corpus, sequence_length: int) -> None:
+    """Refuse a text that is too short whatever its tokenizer, before anything is written: a token is a byte or more."""
+    for part, documents in (("training", corpus.train), ("held-out", corpus.held_out)):
+        most = sum(document.size_bytes + 1 for document in documents)
+        if num_windows(most, sequence_length) < 1:
+            raise _too_short(part, f"at most {most} tokens", corpus.description, sequence_length)
+
+
 def _check_windows(tokens: TokenData, sequence_length: int) -> None:
     for part, ids in (("training", tokens.train_tokens), ("held-out", tokens.held_out_tokens)):
         if num_windows(len(ids), sequence_length) < 1:
-            raise DataError(
-                f"the {part} text is shorter than one sample",
-                value=f"{len(ids)} tokens",
-                valid=f"at least {sequence_length + 1} tokens (sequence_length + 1)",
-                where=f"data: {tokens.description}",
-                fix="give more text, a larger held_out_share, or a smaller model.sequence_length",
-            )
+            raise _too_short(part, f"{len(ids)} tokens", tokens.description, sequence_length)
+
+
+def _too_short(part: str, value: str, description: str, sequence_length: int) -> DataError:
+    return DataError(
+        f"the {part} text is shorter than one sample",
+        value=value,
+        valid=f"at least {sequence_length + 1} tokens (sequence_length + 1)",
+        where=f"data: {description}",
+        fix="give more text, a larger held_out_share, or a smaller model.sequence_length",
+    )
 
 
 def _build(path: Path, corpus: Corpus, vocab_size: int) -> None:

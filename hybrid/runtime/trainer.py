@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybrid.config import JobConfig, dump_job
-from hybrid.errors import MachineError
+from hybrid.errors import MachineError, TrainingDiverged, UserError
 from hybrid.hardware.fleet import Fleet
-from hybrid.models.tokens import TokenData, prepare_data
+from hybrid.models.corpus import open_corpus
+from hybrid.models.profile import build_profile
+from hybrid.models.tokens import TokenData, prepare_data, prepare_tokens
 from hybrid.observe.events import Event, PhaseEvent, Sink, StepEvent
 from hybrid.observe.metrics import MetricsFile, Tally, all_of
 from hybrid.runtime import checkpoint
@@ -28,6 +30,7 @@ from hybrid.runtime.ledger import Commit, Ledger
 from hybrid.runtime.messages import Abort, Ready
 from hybrid.runtime.pace import time_scale
 from hybrid.runtime.placement import Placement, WorkerSpec
+from hybrid.runtime.preflight import check_memory, check_port, check_resume, check_runs_dir
 from hybrid.scheduler.plan import Plan
 
 if TYPE_CHECKING:
@@ -67,22 +70,26 @@ class Run:
 
     Args:
         started_s: when the command started, on `time.monotonic`'s clock.
+
+    Raises:
+        MachineError: the folder cannot be written; nothing of it is left.
     """
 
-    def __init__(
-        self, job: JobConfig, plan: Plan | None, tokens: TokenData, folder: Path, sink: Sink, started_s: float
-    ) -> None:
-        self.folder, self._started_s = folder, started_s
+    def __init__(self, job: JobConfig, plan: Plan | None, tokens: TokenData, sink: Sink, started_s: float) -> None:
+        self._started_s = started_s
         self.tally = Tally()
         self.first_step_s: float | None = None
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "job.yaml").write_text(dump_job(job), encoding="utf-8")
-        tokenizer = tokens.path / "tokenizer.json"
-        if tokenizer.is_file():
-            shutil.copyfile(tokenizer, folder / "tokenizer.json")
-        if plan is not None:
-            (folder / "plan.yaml").write_text(plan.to_yaml(), encoding="utf-8")
-        self._metrics = MetricsFile(folder / "metrics.jsonl")
+        self.folder = _new_folder(job)
+        try:
+            (self.folder / "job.yaml").write_text(dump_job(job), encoding="utf-8")
+            if tokens.tokenizer_path.is_file():
+                shutil.copyfile(tokens.tokenizer_path, self.folder / "tokenizer.json")
+            if plan is not None:
+                (self.folder / "plan.yaml").write_text(plan.to_yaml(), encoding="utf-8")
+            self._metrics = MetricsFile(self.folder / "metrics.jsonl")
+        except OSError as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise _no_folder(self.folder, error) from None
         self.sink: Sink = all_of(self._note_first_step, self._metrics, self.tally, sink)
 
     def phase(self, name: str) -> None:
@@ -94,33 +101,45 @@ class Run:
         self._metrics.close()
         checkpoint.discard_partial(self.folder)
 
+    def refused(self, error: UserError, resume: Path | None) -> UserError:
+        """Return what to tell of a run that the user's input ended; where it did no step, its folder goes."""
+        if not self.tally.steps:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if not isinstance(error, TrainingDiverged):
+            return error
+        whole = checkpoint.complete_checkpoints(self.folder)
+        last = whole[-1] if whole else resume
+        fix = "no checkpoint was written yet: start again" if last is None else f"then go on with --resume {last}"
+        return TrainingDiverged(str(error).rstrip("."), fix=fix)
+
     def _note_first_step(self, event: Event) -> None:
         if isinstance(event, StepEvent) and self.first_step_s is None:
             self.first_step_s = time.monotonic() - self._started_s
 
 
-def new_run_folder(job: JobConfig) -> Path:
-    """Return a run folder's name that is not taken: runs/NAME-YYYYMMDD-HHMMSS."""
+def _new_folder(job: JobConfig) -> Path:
+    """Make a run folder of its own: RUNS_DIR/NAME-YYYYMMDD-HHMMSS."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     base = job.runs_dir / f"{job.name}-{stamp}"
     for number in range(1000):
         folder = base if number == 0 else base.with_name(f"{base.name}.{number}")
-        if not folder.exists():
-            return folder
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _no_folder(folder, error) from None
+        return folder
     raise MachineError("no free run folder", value=str(base), fix="remove old runs")
 
 
-def check_resume(job: JobConfig, resume: Path | None, data_digest: str) -> Path | None:
-    """Return the checkpoint to resume from, found, whole and of this job.
-
-    Raises:
-        CheckpointError: it is not.
-    """
-    if resume is None:
-        return None
-    found = checkpoint.find_checkpoint(resume)
-    checkpoint.check_matches(checkpoint.read_manifest(found), job, data_digest)
-    return found
+def _no_folder(folder: Path, error: OSError) -> MachineError:
+    return MachineError(
+        f"the run folder cannot be made: {error.strerror}",
+        value=str(folder),
+        valid="a runs_dir that can be written, with room",
+        fix="set runs_dir to another, or free space there",
+    )
 
 
 def train(
@@ -136,30 +155,36 @@ def train(
     """Train the job on the plan's devices and return how it went.
 
     Raises:
-        UserError: something the user handed us is wrong; nothing was written.
+        UserError: something the user handed us is wrong; before the first step, nothing of the run is left.
         WorkerFailed: a worker ended before its job did; the run folder keeps the metrics so far.
     """
+    check_runs_dir(job.runs_dir)
+    check_port(placement.host, job.runtime.coordinator_port)
+    found = check_resume(job, resume)
+    corpus = open_corpus(job.data)
     from hybrid.runtime.coordinator import Coordinator
 
     run: Run | None = None
     coordinator: Coordinator | None = None
     with ThreadPoolExecutor(max_workers=1) as pool:
-        preparing: Future[TokenData] = pool.submit(prepare_data, job.data, job.model)
+        preparing: Future[TokenData] = pool.submit(prepare_tokens, corpus, job.model)
         try:
-            if resume is not None:
-                # A wrong checkpoint is told before a device is taken.
-                check_resume(job, resume, preparing.result().sha256)
+            if found is not None:
+                # A checkpoint of another text is told before a device is taken.
+                checkpoint.check_matches(found, job, preparing.result().sha256)
             placement.open()
             opened_s = time.monotonic() - started_s
             tokens = preparing.result()
-            found = check_resume(job, resume, tokens.sha256)
             coordinator = Coordinator(host=placement.host, port=job.runtime.coordinator_port)
-            run = Run(job, plan, tokens, new_run_folder(job), sink, started_s)
+            run = Run(job, plan, tokens, sink, started_s)
             run.sink(PhaseEvent(name="devices taken", since_start_s=opened_s))
             run.phase("data ready")
-            specs = _specs(job, fleet, plan, coordinator, tokens, run.folder, found, placement)
+            from_path = None if found is None else found.path
+            specs = _specs(job, fleet, plan, coordinator, tokens, run.folder, from_path, placement)
             gone: asyncio.Queue[tuple[int, str]] = asyncio.Queue()
             return asyncio.run(_coordinate(job, plan, placement, coordinator, run, tokens, specs, gone, started_s))
+        except UserError as error:
+            raise error if run is None else run.refused(error, resume) from None
         finally:
             if run is not None:
                 run.close()
@@ -270,16 +295,26 @@ def summarise(
 
 
 def train_in_one_process(job: JobConfig, *, resume: Path | None, sink: Sink, started_s: float) -> Summary:
-    """Train the job by the reference: one process, no pipeline, no Ray."""
+    """Train the job by the reference: one process, no pipeline, no Ray; raises what `train` does."""
+    profile = build_profile(job.model, microbatch=job.batch.microbatch, precision=job.precision)
+    state_bytes = sum(layer.num_parameters for layer in profile.layers) * profile.bytes_per_parameter
+    held_bytes = sum(layer.saved_activation_bytes for layer in profile.layers)
+    check_memory(state_bytes + held_bytes, "the whole model in one process")
+    check_runs_dir(job.runs_dir)
+    found = check_resume(job, resume)
     tokens = prepare_data(job.data, job.model)
-    found = check_resume(job, resume, tokens.sha256)
+    if found is not None:
+        checkpoint.check_matches(found, job, tokens.sha256)
     from hybrid.runtime.reference import train_reference
 
-    run = Run(job, None, tokens, new_run_folder(job), sink, started_s)
+    run = Run(job, None, tokens, sink, started_s)
     try:
         run.phase("data ready")
-        train_reference(job, tokens, run_dir=run.folder, resume=found, sink=run.sink)
+        from_path = None if found is None else found.path
+        train_reference(job, tokens, run_dir=run.folder, resume=from_path, sink=run.sink)
         return summarise(job, run, tokens, predicted_step_s=None, time_scale=0.0, peak_bytes=())
+    except UserError as error:
+        raise run.refused(error, resume) from None
     finally:
         run.close()
 
@@ -315,4 +350,4 @@ def _specs(
     return specs
 
 
-__all__ = ["Run", "Summary", "check_resume", "new_run_folder", "train", "train_in_one_process"]
+__all__ = ["Run", "Summary", "train", "train_in_one_process"]
