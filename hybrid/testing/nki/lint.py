@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from hybrid.testing.nki.refusal import NkiRefused, rules
@@ -76,31 +76,32 @@ def check_function(function: Callable[..., Any]) -> None:
     Raises:
         NkiRefused: by the first finding's rule.
     """
-    for finding in _lint_function(function):
-        raise NkiRefused(finding.rule, finding.fact, where=finding.where, fix=rules()[finding.rule].says)
-
-
-@cache
-def _lint_function(function: Callable[..., Any]) -> tuple[Finding, ...]:
-    found: list[Finding] = []
-    todo, seen = [function], set()
+    todo: list[object] = [function]
+    seen: set[object] = set()
     while todo:
         one = todo.pop()
         if one in seen or not isinstance(one, FunctionType):
             continue
         seen.add(one)
-        tree = _tree_of(one)
-        if tree is None:
-            continue
-        found += lint_tree(tree, Path(one.__code__.co_filename).name, one.__code__.co_firstlineno - 1)
-        scope = {**one.__globals__, **inspect.getclosurevars(one).nonlocals}
-        todo += [scope[name] for name in _called_names(tree) if isinstance(scope.get(name), FunctionType)]
-    return tuple(found)
+        findings, called = _lint_code(one.__code__, one.__code__.co_filename)
+        for finding in findings:
+            raise NkiRefused(finding.rule, finding.fact, where=finding.where, fix=rules()[finding.rule].says)
+        cells = dict(zip(one.__code__.co_freevars, one.__closure__ or (), strict=True))
+        todo += [cells[name].cell_contents if name in cells else one.__globals__.get(name) for name in called]
 
 
-def _tree_of(function: FunctionType) -> ast.FunctionDef | None:
+@cache
+def _lint_code(code: CodeType, file: str) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
+    """Return the findings of one function and the names that it calls; `file` tells equal functions apart."""
+    tree = _tree_of(code)
+    if tree is None:
+        return (), ()
+    return tuple(lint_tree(tree, Path(file).name, code.co_firstlineno - 1)), tuple(_called_names(tree))
+
+
+def _tree_of(code: CodeType) -> ast.FunctionDef | None:
     try:
-        source = textwrap.dedent(inspect.getsource(function))
+        source = textwrap.dedent(inspect.getsource(code))
     except (OSError, TypeError):
         # A function without source (typed at a prompt) cannot be linted; it is interpreted all the same.
         return None

@@ -87,10 +87,14 @@ def _checked(section: str, name: str, function: Callable[..., Any]) -> Callable[
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
-            refuse("unknown-parameter", f"{section}.{name}: {error}", valid=signature.parameters)
-        return function(*args, **kwargs)
+            return function(*args, **kwargs)
+        except TypeError:
+            # Only a failed call is looked at: binding costs as much as a small instruction.
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                refuse("unknown-parameter", f"{section}.{name}: {error}", valid=signature.parameters)
+            raise
 
     return call
 
