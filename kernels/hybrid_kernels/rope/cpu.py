@@ -5,6 +5,8 @@ May import only torch and this package's own modules.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, direction: int) -> Tensor:
     length, size = x.shape[-2:]
     half = size // 2
     out = torch.empty(x.shape, dtype=x.dtype)
-    planes, out_planes = x.reshape(-1, length, size), out.view(-1, length, size)
+    shape = (math.prod(x.shape[:-2]), length, size)  # -1 is ambiguous where a dim is 0
+    planes, out_planes = x.reshape(shape), out.view(shape)
     narrow = x.dtype != wide_dtype(x.dtype)
     for tile in tiles(len(planes), length * size):
         source = planes[tile].float() if narrow else planes[tile]
