@@ -21,7 +21,7 @@ from hybrid.scheduler.profile import LayerProfile, ModelProfile
 from hybrid.scheduler.schedules import build_schedule
 
 if TYPE_CHECKING:
-    from hybrid.hardware.fleet import Fleet, Island
+    from hybrid.hardware.fleet import Fleet, Island, Link
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,6 @@ class _Request:
 
     job: str
     profile: ModelProfile
-    fleet: Fleet
     schedule: str
     num_microbatches: int
     precision: str
@@ -73,17 +72,15 @@ def plan(
     request = _Request(
         job=job,
         profile=profile,
-        fleet=fleet,
         schedule=schedule,
         num_microbatches=num_microbatches,
         precision=precision,
         efficiency=efficiency,
     )
-    devices = [island for island in fleet.islands for _ in range(island.num_chips)]
-    wanted = _num_stages(num_stages, num_chips=len(devices), num_layers=len(profile.layers))
+    wanted = _num_stages(num_stages, num_chips=fleet.num_chips, num_layers=len(profile.layers))
     best: Plan | None = None
     refusal: PlanError | FleetError | UnsupportedFormat | None = None
-    for chosen in _windows(devices, wanted):
+    for chosen in _windows(fleet, wanted):
         try:
             found = _plan_on(request, chosen)
         except (PlanError, FleetError, UnsupportedFormat) as error:
@@ -116,21 +113,35 @@ def _num_stages(num_stages: int | None, *, num_chips: int, num_layers: int) -> i
     return wanted
 
 
-def _windows(devices: list[Island], size: int) -> Iterable[tuple[Island, ...]]:
-    """Return every run of neighbouring devices, those that look the same once."""
-    seen: dict[tuple[str, ...], tuple[Island, ...]] = {}
-    for start in range(len(devices) - size + 1):
-        window = tuple(devices[start : start + size])
-        seen.setdefault(tuple(island.name for island in window), window)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Devices:
+    """The chips of one choice, in order, and the links between neighbours."""
+
+    islands: tuple[Island, ...]
+    links: tuple[Link, ...]
+
+
+def _windows(fleet: Fleet, size: int) -> Iterable[_Devices]:
+    """Return every run of neighbouring chips, those that look the same once."""
+    chips = list(fleet.chips())
+    links = [fleet.rank_link(here[0], there[0]) for here, there in pairwise(chips)]
+    seen: dict[tuple[object, ...], _Devices] = {}
+    for start in range(len(chips) - size + 1):
+        islands = tuple(island for _, island, _ in chips[start : start + size])
+        between = tuple(links[start : start + size - 1])
+        looks = [(link.bandwidth_bytes_per_s, link.latency_s) for link in between]
+        key = (*(island.name for island in islands), *looks)
+        seen.setdefault(key, _Devices(islands=islands, links=between))
     return seen.values()
 
 
-def _plan_on(request: _Request, devices: tuple[Island, ...]) -> Plan:
+def _plan_on(request: _Request, devices: _Devices) -> Plan:
     """Return the plan with one stage on each of the given devices."""
     layers = request.profile.layers
-    seconds = [[_seconds(request, layer, island) for layer in layers] for island in devices]
-    memory = _Memory.of(request, len(devices))
-    limits = [island.memory_bytes for island in devices]
+    islands = devices.islands
+    seconds = [[_seconds(request, layer, island) for layer in layers] for island in islands]
+    memory = _Memory.of(request, len(islands))
+    limits = [island.memory_bytes for island in islands]
     split = partition_min_max(
         [[forward_s + backward_s for forward_s, backward_s in row] for row in seconds],
         layer_bytes_of_stage=memory.layer_bytes,
@@ -152,9 +163,9 @@ def _plan_on(request: _Request, devices: tuple[Island, ...]) -> Plan:
             memory_bytes=round(float(needed[stage, run.start, run.stop])),
             memory_limit_bytes=limits[stage],
         )
-        for stage, (island, run) in enumerate(zip(devices, split, strict=True))
+        for stage, (island, run) in enumerate(zip(islands, split, strict=True))
     )
-    return _predicted(request, stages, _edges(request, devices, split))
+    return _predicted(request, stages, _edges(request, devices.links, split))
 
 
 def _seconds(request: _Request, layer: LayerProfile, island: Island) -> tuple[float, float]:
@@ -169,11 +180,10 @@ def _seconds(request: _Request, layer: LayerProfile, island: Island) -> tuple[fl
         ) from None
 
 
-def _edges(request: _Request, devices: tuple[Island, ...], split: tuple[range, ...]) -> tuple[EdgePlan, ...]:
+def _edges(request: _Request, links: tuple[Link, ...], split: tuple[range, ...]) -> tuple[EdgePlan, ...]:
     edges = []
-    for stage, (here, there) in enumerate(pairwise(devices)):
+    for stage, link in enumerate(links):
         size_bytes = request.profile.layers[split[stage].stop - 1].output_bytes
-        link = request.fleet.link(here.name, there.name)
         edges.append(
             EdgePlan(
                 from_stage=stage,

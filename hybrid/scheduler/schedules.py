@@ -12,6 +12,8 @@ from types import MappingProxyType
 
 from hybrid.errors import ScheduleError
 from hybrid.scheduler.actions import Action, Kind, Schedule
+from hybrid.scheduler.sizes import check_sizes
+from hybrid.scheduler.zero_bubble import zb_h1, zb_h2
 
 
 def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
@@ -65,8 +67,10 @@ def _one_f_one_b_rank(stage: int, num_warmup: int, num_microbatches: int) -> tup
     return tuple(actions)
 
 
-SCHEDULES: Mapping[str, Callable[[int, int], Schedule]] = MappingProxyType({"gpipe": gpipe, "1f1b": one_f_one_b})
-"""Schedules by the name that a job file writes."""
+SCHEDULES: Mapping[str, Callable[[int, int], Schedule]] = MappingProxyType(
+    {"gpipe": gpipe, "1f1b": one_f_one_b, "zb-h1": zb_h1, "zb-h2": zb_h2}
+)
+"""Schedules with one stage a rank, by the name that a job file writes."""
 
 
 def build_schedule(name: str, num_stages: int, num_microbatches: int) -> Schedule:
@@ -79,10 +83,3 @@ def build_schedule(name: str, num_stages: int, num_microbatches: int) -> Schedul
     if build is None:
         raise ScheduleError("no such schedule", value=name, valid=SCHEDULES, fix="name one of these")
     return build(num_stages, num_microbatches)
-
-
-def check_sizes(num_stages: int, num_microbatches: int) -> None:
-    """Raise ScheduleError when a size is below one."""
-    for name, value in (("num_stages", num_stages), ("num_microbatches", num_microbatches)):
-        if value < 1:
-            raise ScheduleError(f"{name} is below one", value=value, valid="1 or more")

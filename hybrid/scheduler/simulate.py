@@ -36,7 +36,8 @@ def simulate(
     Args:
         schedule: compute actions, with or without communication.
         seconds_of: seconds of a compute action (F, B, I, W).
-        transfer_s: seconds from the start of a send to its arrival, by its SEND_F or SEND_B action.
+        transfer_s: seconds from the start of a send to its arrival, by its SEND_F or SEND_B action; minus
+            infinity for a message whose time is not waited for.
         link_busy_s: the part of it (without latency) in which the link from rank to rank takes no other
             message.
 
@@ -144,7 +145,7 @@ class _Execution:
             table, target = self.output_gradient_s, send.stage - 1
         peer = self.schedule.rank_of_stage[target]
         start_s = max(now_s, self.link_free_s.get((rank, peer), 0.0))
-        end_s = start_s + self.transfer_s(send)
+        end_s = max(0.0, start_s + self.transfer_s(send))
         self.link_free_s[rank, peer] = start_s + self.link_busy_s(send)
         self.transfers.append(Transfer(send, rank, peer, start_s, end_s))
         table[target * self.schedule.num_microbatches + send.microbatch] = end_s

@@ -77,7 +77,7 @@ class Timeline:
         """Return one line a rank, `width` characters wide at most: `F3===` forward, `B3###` backward, `.`
         idle.
 
-        A split backward shows as `I3###` and `W3---`; an action narrower than its name shows what fits.
+        A split backward shows as `I3###` and `W3---`; an action narrower than its name shows its letter.
         """
         names = [f"rank {rank} " for rank in range(len(self.spans_of_rank))]
         indent = max(len(name) for name in names)
@@ -97,6 +97,9 @@ def _gantt_row(spans: tuple[Span, ...], columns: int, per_s: float) -> str:
     cells = ["."] * columns
     for span in spans:
         first, end = round(span.start_s * per_s), round(span.end_s * per_s)
-        label = f"{span.action.kind.value}{span.action.microbatch}"
-        cells[first:end] = label.ljust(end - first, _FILL_OF_KIND[span.action.kind])[: end - first]
+        letter, width = span.action.kind.value, end - first
+        label = f"{letter}{span.action.microbatch}"
+        # A number that is cut short would be another microbatch's.
+        label = label if len(label) <= width else letter[:width]
+        cells[first:end] = label.ljust(width, _FILL_OF_KIND[span.action.kind])
     return "".join(cells)

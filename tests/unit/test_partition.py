@@ -3,7 +3,7 @@
 from itertools import combinations, pairwise
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hybrid.errors import PlanError
@@ -44,6 +44,7 @@ def lacks(split, layer_bytes, cut_bytes, limits):
     ]
 
 
+@settings(max_examples=50, deadline=None)
 @given(problems())
 def test_no_split_has_a_faster_slowest_stage(problem):
     seconds = problem[0]
@@ -59,6 +60,7 @@ def test_no_split_has_a_faster_slowest_stage(problem):
     assert total(split) == min(total(one) for one in splits if bottleneck(one, seconds) == best)
 
 
+@settings(max_examples=50, deadline=None)
 @given(problems())
 def test_no_split_that_fits_is_faster(problem):
     seconds, layer_bytes, cut_bytes, limits = problem
@@ -72,6 +74,7 @@ def test_no_split_that_fits_is_faster(problem):
     assert bottleneck(split, seconds) == min(bottleneck(one, seconds) for one in fitting)
 
 
+@settings(max_examples=50, deadline=None)
 @given(problems())
 def test_a_misfit_is_told_in_the_bytes_that_would_make_it_fit(problem):
     seconds, layer_bytes, cut_bytes, limits = problem

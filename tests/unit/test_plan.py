@@ -46,8 +46,17 @@ class Fleet:
     islands: tuple
     between: Link = Link(1e9, 1e-4)
 
-    def link(self, a, b):
-        return Link(1e11, 1e-6) if a == b else self.between
+    @property
+    def num_chips(self):
+        return sum(island.num_chips for island in self.islands)
+
+    def chips(self):
+        islands = [island for island in self.islands for _ in range(island.num_chips)]
+        return ((rank, island, 0) for rank, island in enumerate(islands))
+
+    def rank_link(self, a, b):
+        island_of = {rank: island.name for rank, island, _ in self.chips()}
+        return Link(1e11, 1e-6) if island_of[a] == island_of[b] else self.between
 
 
 SLOW = Chip("slow", {"fp32": 1e13, "bf16": 2e13})
