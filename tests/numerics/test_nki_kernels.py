@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from hybrid.testing.nki import NkiRefused, interpreting, load_kernels
+from hybrid.testing.nki.own_kernels import check_own_kernels, format_own_results
 
 _FP32, _BF16 = 5e-6, 2.0**-8
 _ROOT = Path(next(iter(find_spec("hybrid_kernels").submodule_search_locations)))
@@ -296,3 +297,18 @@ def test_a_row_too_wide_for_trn1_is_refused_there_and_runs_on_trn3():
     with interpreting("trn3") as machine:
         load_kernels(_ROOT / "rmsnorm" / "nki.py").rmsnorm(x, weight, eps=1e-5)
         assert machine.usage().peak_sbuf_bytes > 96 * 1024
+
+
+# ---- the documentation -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_documented_table_is_what_the_kernels_take_and_err():
+    page = Path(__file__).parents[2] / "docs" / "nki.md"
+    results = check_own_kernels()
+    # Everything but the error, whose digit depends on how a BLAS sums.
+    told = [row.split("|")[:6] for row in format_own_results(results).splitlines() if row.startswith("| `")]
+    documented = [row.split("|")[:6] for row in page.read_text().splitlines() if row.startswith("| `")]
+    assert [row for row in documented if row in told] == told
+    assert all(result.error <= _FP32 for result in results)
+    assert all(result.error == 0 for result in results if result.case.exact)

@@ -47,6 +47,7 @@ class Kernel:
         inner_args = [_argument(machine, value, tiles) for value in args]
         inner_kwargs = {name: _argument(machine, value, tiles) for name, value in kwargs.items()}
         returned = self.function(*inner_args, **inner_kwargs)
+        machine.launches.append(machine.usage())
         for host, tile in tiles:
             if tile.storage.changed:
                 overwrite(host, tile.array())

@@ -47,6 +47,8 @@ class Machine:
 
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
+        self.launches: list[Usage] = []
+        """What each launch so far took."""
         self.reset()
 
     def reset(self) -> None:
