@@ -31,6 +31,9 @@ class WorkerSpec:
     """What the device may hold."""
     control: ControlAddress
     tokens_dir: Path
+    """Where the driver's token file is; a host without it makes its own."""
+    data_digest: str
+    """The token file's sha256: every rank must read the same data."""
     run_dir: Path
     resume: Path | None
     """The checkpoint to start from."""

@@ -341,6 +341,7 @@ def _specs(
                 memory_bytes=stage.memory_limit_bytes,
                 control=coordinator.address,
                 tokens_dir=tokens.path.resolve(),
+                data_digest=tokens.sha256,
                 run_dir=run_dir.resolve(),
                 resume=None if resume is None else resume.resolve(),
                 host=placement.worker_host,

@@ -21,7 +21,7 @@ from torch import Tensor
 from hybrid.backends import open_backend
 from hybrid.backends.emulated import EmulatedBackend
 from hybrid.config import JobConfig
-from hybrid.errors import CommError, HybridError, PeerLost, TrainingDiverged
+from hybrid.errors import CommError, DataError, HybridError, PeerLost, TrainingDiverged
 from hybrid.models.sampler import batch_at, held_out_batch
 from hybrid.models.stage import (
     Stage,
@@ -31,7 +31,7 @@ from hybrid.models.stage import (
     named_state,
     parameter_dtype,
 )
-from hybrid.models.tokens import TokenData, open_tokens
+from hybrid.models.tokens import TokenData, open_tokens, prepare_data
 from hybrid.runtime import checkpoint
 from hybrid.runtime.capabilities import capabilities_of
 from hybrid.runtime.compute import StageCompute
@@ -104,7 +104,7 @@ class Worker:
         self._timeout_s = self._job.runtime.timeout_s
         self._backend = open_backend(self._stage_plan.backend, capabilities_of(spec.chip, spec.memory_bytes))
         self._edges: dict[int, Transport] = {}
-        self._tokens: TokenData = open_tokens(spec.tokens_dir)
+        self._tokens: TokenData = _tokens_of(spec)
 
     def run(self) -> None:
         """Build, train, evaluate, write; ends after the coordinator's Shutdown."""
@@ -296,6 +296,24 @@ def batch_of(job: JobConfig, tokens: TokenData, step: int) -> Batch:
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     return batch
+
+
+def _tokens_of(spec: WorkerSpec) -> TokenData:
+    """Return the job's token file: the driver's where this host sees it, else one made here from the same corpus.
+
+    Raises:
+        DataError: this host's corpus gives other tokens, for example by another Python version.
+    """
+    shared = spec.tokens_dir.is_dir()
+    tokens = open_tokens(spec.tokens_dir) if shared else prepare_data(spec.job.data, spec.job.model)
+    if tokens.sha256 != spec.data_digest:
+        raise DataError(
+            f"host {socket.gethostname()} makes other tokens than the driver",
+            value=tokens.sha256[:12],
+            valid=spec.data_digest[:12],
+            fix="use the same release of Python on every node, or `data.path` on a shared folder",
+        )
+    return tokens
 
 
 def _open_node(spec: WorkerSpec) -> TransportNode:
