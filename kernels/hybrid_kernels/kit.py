@@ -1,5 +1,6 @@
 """The kernels' conformance kit: inputs of every awkward kind, and how far from the float64 reference one may be.
 
+`python -m hybrid_kernels.kit --variant triton --device cuda` runs it on a device.
 Run by the tests on every variant that executes here, and on a real device by whoever has one. Inputs are made
 on the CPU from a seed and rounded to the format under test; the reference then gets the very same values in
 float64, so that only the kernel's own arithmetic is judged. May import only torch and this package's own modules.
@@ -7,15 +8,18 @@ float64, so that only the kernel's own arithmetic is judged. May import only tor
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 
 import torch
 from torch import Tensor
 
 from hybrid_kernels.kit_cases import CALLS, CASES, Case
-from hybrid_kernels.selection import choose
+from hybrid_kernels.selection import OPS, VARIANTS, choose
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Formats that every variant takes; the CPU's take float64 too."""
@@ -152,15 +156,16 @@ def run_kit(variant: str, device: str, *, ops: tuple[str, ...] | None = None) ->
 def _mapped(inputs: dict[str, object], device: torch.device, widen: torch.dtype | None) -> dict[str, object]:
     """Return copies of the inputs on a device, the float tensors in another format if one is given."""
 
-    def moved(value: object) -> object:
+    def moved(name: str, value: object) -> object:
         if isinstance(value, list):
-            return [moved(x) for x in value]
+            return [moved(name, x) for x in value]
         if not isinstance(value, Tensor):
             return value
-        dtype = widen if widen is not None and value.is_floating_point() else value.dtype
-        return value.to(device, dtype, copy=True)
+        # Packing is defined in float32: its carried error stays that.
+        widened = widen is not None and value.is_floating_point() and name != "error"
+        return value.to(device, widen if widened else value.dtype, copy=True)
 
-    return {name: moved(value) for name, value in inputs.items()}
+    return {name: moved(name, value) for name, value in inputs.items()}
 
 
 def _share_of_allowed(
@@ -189,3 +194,26 @@ def _share_of_allowed(
     )
     shares = (got_wide - want).abs() / (limit + info.smallest_normal * info.eps)
     return float(shares.max()), f"error {float((got_wide - want).abs().max()):.3g}"
+
+
+def main(arguments: list[str]) -> int:
+    """Run the kit, print an outcome a line, and return 1 if any failed."""
+    parser = argparse.ArgumentParser(prog="python -m hybrid_kernels.kit", description="Check kernels on this machine.")
+    parser.add_argument("--variant", choices=VARIANTS, required=True)
+    parser.add_argument("--device", default="cpu", help="device that the inputs are put on")
+    parser.add_argument("--op", action="append", choices=OPS, help="only this operation")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    options = parser.parse_args(arguments)
+    failed = 0
+    for outcome in run_kit(options.variant, options.device, ops=tuple(options.op or OPS)):
+        failed += not outcome.passed
+        if options.json:
+            print(json.dumps(asdict(outcome)), flush=True)
+        else:
+            verdict = "PASS" if outcome.passed else "FAIL"
+            print(f"{verdict} {outcome.op}, {outcome.case}, {outcome.dtype}: {outcome.share:.2f} ({outcome.worst})")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

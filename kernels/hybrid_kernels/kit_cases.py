@@ -1,6 +1,7 @@
 """The inputs of the kernels' conformance kit, and how each operation is called with them.
 
-A case makes its inputs on the CPU from its own seed, in the format under test. May import only torch.
+A case makes its inputs on the CPU from its own seed, in the format under test. May import only torch and
+this package's own modules.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from hybrid_kernels.reduce_add import ref as reduce_add_ref
 
 Inputs = dict[str, Any]
 Outputs = dict[str, Tensor]
@@ -28,6 +31,8 @@ class Case:
 
     def make(self, dtype: torch.dtype) -> Inputs:
         """Return the inputs, those that the operation takes in any format in `dtype`; the same each time."""
+        if self.op == "fp8_pack" and dtype == torch.float64:
+            dtype = torch.float32  # packing is defined in float32
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.op} {self.name}".encode()))
         return {name: _rounded(name, value, dtype) for name, value in self.build(generator).items()}
 
@@ -39,7 +44,7 @@ _ALWAYS_WIDE = {"cos", "sin", "param", "exp_avg", "exp_avg_sq"}
 def _rounded(name: str, value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, list):
         return [_rounded(name, x, dtype) for x in value]
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not isinstance(value, Tensor) or not value.is_floating_point() or name == "error":
         return value
     if name in _ALWAYS_WIDE:
         return value.to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -119,6 +124,18 @@ def _attention(
     return build
 
 
+def _fp8_pack(
+    size: int, block_size: int, spread: float = 2.0, spoil: bool = False
+) -> Callable[[torch.Generator], Inputs]:
+    def build(g: torch.Generator) -> Inputs:
+        x = _normal(g, size) * torch.exp(spread * _normal(g, size))
+        x[size // 3 : size // 2] = 0.0
+        error = _normal(g, size).float()
+        return {"x": _spoiled(x) if spoil else x, "error": error, "block_size": block_size}
+
+    return build
+
+
 def _reduce_add(ranks: int, size: int, scale: float = 1.0) -> Callable[[torch.Generator], Inputs]:
     return lambda g: {"chunks": [_normal(g, size, scale=scale) for _ in range(ranks)]}
 
@@ -168,7 +185,26 @@ def _call_attention(kernel: ModuleType, i: Inputs) -> Outputs:
 
 
 def _call_reduce_add(kernel: ModuleType, i: Inputs) -> Outputs:
-    return {"total": kernel.reduce_add(i["chunks"])}
+    total = kernel.reduce_add(i["chunks"])
+    # The order of summation is the contract: the bits of the reference run on the very same chunks.
+    return {"total": total, "bits_agree": (total == reduce_add_ref.reduce_add(i["chunks"])).float()}
+
+
+def _call_fp8_pack(kernel: ModuleType, i: Inputs) -> Outputs:
+    outputs: Outputs = {}
+    for fp8_format, error, seed in (
+        ("e4m3", None, None),
+        ("e4m3fn", i["error"], None),
+        ("e4m3", i["error"], 2**40 - 9),
+    ):
+        packed = kernel.fp8_pack(i["x"], block_size=i["block_size"], fp8_format=fp8_format, error=error, seed=seed)
+        values = kernel.fp8_unpack(packed.payload, packed.scales, block_size=i["block_size"])
+        name = f"{fp8_format}{'' if error is None else ' feedback'}{'' if seed is None else ' stochastic'}"
+        outputs[f"{name} payload"] = packed.payload.float()
+        outputs[f"{name} scales"], outputs[f"{name} values"] = packed.scales, values
+        if packed.error is not None:
+            outputs[f"{name} error"] = packed.error
+    return outputs
 
 
 def _call_adamw(kernel: ModuleType, i: Inputs) -> Outputs:
@@ -195,10 +231,11 @@ CALLS: dict[str, Callable[[ModuleType, Inputs], Outputs]] = {
     "swiglu": _call_swiglu,
     "cross_entropy": _call_cross_entropy,
     "attention": _call_attention,
+    "fp8_pack": _call_fp8_pack,
     "reduce_add": _call_reduce_add,
     "adamw": _call_adamw,
 }
-"""How each operation is called: all its outputs, gradients included, by name. FP8 packing is compared by bytes."""
+"""How each operation is called: all its outputs, gradients included, by name."""
 
 _BUILDS: dict[str, dict[str, Callable[[torch.Generator], Inputs]]] = {
     "rmsnorm": {
@@ -246,6 +283,15 @@ _BUILDS: dict[str, dict[str, Callable[[torch.Generator], Inputs]]] = {
         "a power of two": _attention(1, 2, 1, 64, 32),
         "a tail": _attention(1, 2, 1, 70, 64),
         "large scores": _attention(1, 2, 2, 20, 16, scale=50.0),
+    },
+    "fp8_pack": {
+        "one element": _fp8_pack(1, 128),
+        "empty": _fp8_pack(0, 128),
+        "odd": _fp8_pack(1021, 7),
+        "a tail": _fp8_pack(2000, 128),
+        "wide blocks": _fp8_pack(3000, 1500),
+        "every magnitude": _fp8_pack(1500, 32, spread=30.0),
+        "not finite": _fp8_pack(900, 100, spoil=True),
     },
     "reduce_add": {
         "one chunk": _reduce_add(1, 5),

@@ -19,8 +19,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Ten
         query: (B, Q, S, D).  key: (B, K, S, D).  value: (B, K, S, D).  returns: (B, Q, S, D)
 
     Numerics:
-        Computed in float32 (float64 for float64), rounded once to the format of ``query``. A NaN at
-        position s reaches the positions from s on, never those before it.
+        Computed in float32 (float64 for float64), rounded once to the format of ``query``. A NaN in a query
+        stays in its row and one in a key reaches the rows from its position on; a NaN or inf in a value reaches
+        at least those, and may reach the rows before (a weight of zero times NaN is NaN).
     """
     return attention_with_logsumexp(query, key, value, scale=scale)[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ def cross_entropy(
 ) -> Tensor:
     """Return ``scale * sum(cross-entropy of softmax(hidden @ weight.T))``; differentiable in the first two.
 
-    The gradients are made in the forward, while a chunk of logits is at hand, and held until a backward asks for
-    them; each can be asked for once, together or apart.
+    The gradients are made in the forward, while a chunk of logits is at hand, and handed over by the
+    backward. A second backward through a retained graph makes them again.
 
     Args:
         hidden: last hidden states, after the final norm.
@@ -64,32 +65,31 @@ class _CrossEntropy(torch.autograd.Function):
         variant: str | None,
         wanted: tuple[bool, bool],
     ) -> Tensor:
-        loss: Tensor
-        loss, *ctx.grads = implementation("cross_entropy", hidden, variant).cross_entropy_with_gradients(
-            hidden,
-            weight,
-            labels,
+        ctx.save_for_backward(hidden, weight, labels)
+        kernel = implementation("cross_entropy", hidden, variant)
+        ctx.compute = partial(
+            kernel.cross_entropy_with_gradients,
             ignore_index=ignore_index,
             scale=scale,
             needs_hidden=wanted[0],
             needs_weight=wanted[1],
         )
+        loss: Tensor
+        loss, *ctx.grads = ctx.compute(hidden, weight, labels)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        handed: list[Tensor | None] = [None] * 7
-        for index in (0, 1):
-            if not ctx.needs_input_grad[index]:
-                continue
-            # Held by the context and handed over, not saved: a second copy of the weights' gradient is what
-            # this kernel is there to avoid.
-            grad, ctx.grads[index] = ctx.grads[index], None
-            if grad is None:
-                raise RuntimeError("this gradient of cross_entropy was handed over by a backward before")
-            # Reading the number is free on a CPU and a synchronisation elsewhere.
-            if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
-                grad.mul_(grad_loss)
-            handed[index] = grad
-        return tuple(handed)
+        # Held by the context and handed over, not saved: a second copy of the weights' gradient is what this
+        # kernel is there to avoid.
+        operands = ctx.saved_tensors
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            _, *grads = ctx.compute(*operands)
+        # Reading the number is free on a CPU and a synchronisation elsewhere.
+        if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(grad_loss)
+        return *grads, None, None, None, None, None

@@ -17,6 +17,8 @@ from hybrid_kernels.fp8_pack.ref import MAXIMUM_OF_FORMAT, Packed
 
 MAX_BLOCK_SIZE = 2048
 """Largest block: some twenty tiles of a block live at once, 160 KiB of a partition in all."""
+MAXIMUM = MAXIMUM_OF_FORMAT["e4m3"]
+"""Largest value that the device's own e4m3 holds."""
 WHOLE = 8388608.0
 """2^23: a float32 of at most 2^22 that gains and loses it is rounded to a whole number."""
 
@@ -167,6 +169,51 @@ def round_stochastically(scaled: nl.NkiTensor, fraction: nl.NkiTensor) -> None:
     nisa.tensor_tensor(dst=pattern, data1=steps.view(nl.uint32), data2=sign, op=nl.bitwise_or)
 
 
+def encode(scaled: nl.NkiTensor, ocp: bool) -> nl.NkiTensor:
+    """Return the codes of values within the format's maximum, of the values' shape, in uint8."""
+    codes = nl.ndarray(scaled.shape, dtype=nl.float8_e4m3, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=codes, data=scaled, op0=nl.minimum, operand0=MAXIMUM, op1=nl.maximum, operand1=-MAXIMUM)
+    if not ocp:
+        return codes.view(nl.uint8)
+    # The device's own e4m3 ends at 240. Above, from the middle between 240 and 256 on, the OCP format goes on in steps
+    # of 32 from code 0x78; the sign is the one that the clipped value already has.
+    magnitude = nl.ndarray(scaled.shape, dtype=nl.float32, buffer=nl.sbuf)
+    above = nl.ndarray(scaled.shape, dtype=nl.uint8, buffer=nl.sbuf)
+    high = nl.ndarray(scaled.shape, dtype=nl.uint8, buffer=nl.sbuf)
+    sign = nl.ndarray(scaled.shape, dtype=nl.uint8, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=magnitude, data=scaled, op0=nl.abs, operand0=0.0, op1=nl.minimum, operand1=448.0)
+    nisa.tensor_scalar(dst=above, data=magnitude, op0=nl.greater_equal, operand0=248.0)
+    nisa.tensor_scalar(
+        dst=magnitude, data=magnitude, op0=nl.subtract, operand0=256.0, op1=nl.multiply, operand1=1.0 / 32.0
+    )
+    nisa.tensor_scalar(dst=magnitude, data=magnitude, op0=nl.add, operand0=WHOLE, op1=nl.subtract, operand1=WHOLE)
+    nisa.tensor_scalar(dst=magnitude, data=magnitude, op0=nl.add, operand0=120.0, op1=nl.maximum, operand1=0.0)
+    nisa.tensor_copy(dst=high, src=magnitude)
+    nisa.tensor_scalar(dst=sign, data=codes.view(nl.uint8), op0=nl.bitwise_and, operand0=0x80)
+    nisa.tensor_tensor(dst=high, data1=high, data2=sign, op=nl.bitwise_or)
+    nisa.tensor_copy_predicated(dst=codes.view(nl.uint8), src=high, predicate=above)
+    return codes.view(nl.uint8)
+
+
+def decode(codes: nl.NkiTensor) -> nl.NkiTensor:
+    """Return the values of codes of either format, of the codes' shape, in float32."""
+    low = nl.ndarray(codes.shape, dtype=nl.uint8, buffer=nl.sbuf)
+    above = nl.ndarray(codes.shape, dtype=nl.uint8, buffer=nl.sbuf)
+    wide = nl.ndarray(codes.shape, dtype=nl.float32, buffer=nl.sbuf)
+    high = nl.ndarray(codes.shape, dtype=nl.float32, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=low, data=codes, op0=nl.bitwise_and, operand0=0x7F)
+    # Codes from 0x78 are 256 to 448 in steps of 32 in the OCP format, and not finite in Trainium's own.
+    nisa.tensor_scalar(dst=above, data=low, op0=nl.greater_equal, operand0=120.0)
+    nisa.tensor_copy(dst=wide, src=low.view(nl.float8_e4m3))
+    nisa.tensor_scalar(dst=high, data=low, op0=nl.multiply, operand0=32.0, op1=nl.subtract, operand1=3584.0)
+    nisa.tensor_copy_predicated(dst=wide, src=high, predicate=above)
+    # The sign: 1 below 0x80, -1 from there.
+    nisa.tensor_scalar(dst=high, data=codes, op0=nl.less, operand0=128.0, op1=nl.multiply, operand1=2.0)
+    nisa.tensor_scalar(dst=high, data=high, op0=nl.subtract, operand0=1.0)
+    nisa.tensor_tensor(dst=wide, data1=wide, data2=high, op=nl.multiply)
+    return wide
+
+
 def block_scales(total: nl.NkiTensor, ocp: bool) -> tuple[nl.NkiTensor, nl.NkiTensor, nl.NkiTensor]:
     """Return scale, its inverse (both float32) and whether all is finite (uint8), of each partition, (rows, 1)."""
     rows = total.shape[0]
@@ -202,15 +249,10 @@ def pack_kernel(
 ) -> tuple[nl.NkiTensor, nl.NkiTensor, nl.NkiTensor | None]:
     """Pack blocks: x and error (M, E), seeds (1, 2) int32; returns codes (M, E), scales (M, 1), error (M, E).
 
-    `ocp` takes the format whose largest value is 448, which only NeuronCore-v4 (trn3) casts to.
+    `ocp` takes the format whose largest value is 448.
     """
-    version = nisa.get_nc_version()
-    before_trn3 = version == nisa.nc_version.gen2 or version == nisa.nc_version.gen3
-    assert not (ocp and before_trn3), "float8_e4m3fn needs trn3"
     num_blocks, size = x.shape
     pmax = nl.tile_size.pmax
-    maximum = MAXIMUM_OF_FORMAT["e4m3fn"] if ocp else MAXIMUM_OF_FORMAT["e4m3"]
-    code_type = nl.float8_e4m3fn if ocp else nl.float8_e4m3
     payload = nl.ndarray((num_blocks, size), dtype=nl.uint8, buffer=nl.shared_hbm)
     scales = nl.ndarray((num_blocks, 1), dtype=nl.float32, buffer=nl.shared_hbm)
     new_error = nl.ndarray((num_blocks, size), dtype=nl.float32, buffer=nl.shared_hbm) if error != None else None  # noqa: E711
@@ -233,13 +275,12 @@ def pack_kernel(
         nisa.tensor_copy_predicated(dst=scaled, src=raw, predicate=finite.broadcast(1, size))
         if seeds != None:  # noqa: E711
             round_stochastically(scaled, random_fraction(rows, size, first, seed_tile.view(nl.uint32)))
-        codes = nl.ndarray((rows, size), dtype=code_type, buffer=nl.sbuf)
-        nisa.tensor_scalar(dst=codes, data=scaled, op0=nl.minimum, operand0=maximum, op1=nl.maximum, operand1=-maximum)
-        nisa.dma_copy(dst=payload[first : first + rows, :], src=codes.view(nl.uint8))
+        codes = encode(scaled, ocp)
+        nisa.dma_copy(dst=payload[first : first + rows, :], src=codes)
         nisa.dma_copy(dst=scales[first : first + rows, :], src=scale)
         if new_error != None:  # noqa: E711
             lost = nl.ndarray((rows, size), dtype=nl.float32, buffer=nl.sbuf)
-            nisa.tensor_scalar(dst=raw, data=codes, op0=nl.multiply, operand0=scale)
+            nisa.tensor_scalar(dst=raw, data=decode(codes), op0=nl.multiply, operand0=scale)
             nisa.tensor_tensor(dst=raw, data1=total, data2=raw, op=nl.subtract)
             nisa.memset(dst=lost, value=0.0)
             nisa.tensor_copy_predicated(dst=lost, src=raw, predicate=finite.broadcast(1, size))
@@ -256,23 +297,10 @@ def unpack_kernel(payload: nl.NkiTensor, scales: nl.NkiTensor) -> nl.NkiTensor:
     for first in range(0, num_blocks, pmax):
         rows = min(pmax, num_blocks - first)
         codes = nl.ndarray((rows, size), dtype=nl.uint8, buffer=nl.sbuf)
-        low = nl.ndarray((rows, size), dtype=nl.uint8, buffer=nl.sbuf)
-        above = nl.ndarray((rows, size), dtype=nl.uint8, buffer=nl.sbuf)
-        wide = nl.ndarray((rows, size), dtype=nl.float32, buffer=nl.sbuf)
-        high = nl.ndarray((rows, size), dtype=nl.float32, buffer=nl.sbuf)
         scale = nl.ndarray((rows, 1), dtype=nl.float32, buffer=nl.sbuf)
         nisa.dma_copy(dst=codes, src=payload[first : first + rows, :])
         nisa.dma_copy(dst=scale, src=scales[first : first + rows, :])
-        nisa.tensor_scalar(dst=low, data=codes, op0=nl.bitwise_and, operand0=0x7F)
-        # Codes from 0x78 are 256 to 448 in steps of 32 in the OCP format, and not finite in Trainium's own.
-        nisa.tensor_scalar(dst=above, data=low, op0=nl.greater_equal, operand0=120.0)
-        nisa.tensor_copy(dst=wide, src=low.view(nl.float8_e4m3))
-        nisa.tensor_scalar(dst=high, data=low, op0=nl.multiply, operand0=32.0, op1=nl.subtract, operand1=3584.0)
-        nisa.tensor_copy_predicated(dst=wide, src=high, predicate=above)
-        # The sign: 1 below 0x80, -1 from there.
-        nisa.tensor_scalar(dst=high, data=codes, op0=nl.less, operand0=128.0, op1=nl.multiply, operand1=2.0)
-        nisa.tensor_scalar(dst=high, data=high, op0=nl.subtract, operand0=1.0)
-        nisa.tensor_tensor(dst=wide, data1=wide, data2=high, op=nl.multiply)
+        wide = decode(codes)
         nisa.tensor_scalar(dst=wide, data=wide, op0=nl.multiply, operand0=scale)
         nisa.dma_copy(dst=values[first : first + rows, :], src=wide)
     return values
