@@ -54,34 +54,24 @@ def run_plan(path: Path, *, address: str | None, as_json: bool, out: Path | None
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Print the plan as a table of stages."""
-    table = Table(title=f"{plan.job}: {plan.model} in {plan.num_stages} stages, {plan.schedule}, {plan.precision}")
-    for column, justify in (
-        ("stage", "right"),
-        ("island", "left"),
-        ("chip", "left"),
-        ("backend", "left"),
-        ("layers", "left"),
-        ("F", "right"),
-        ("B", "right"),
-        ("memory", "right"),
-        ("idle", "right"),
-        ("sends", "right"),
-    ):
-        table.add_column(column, justify="left" if justify == "left" else "right")
+    table = Table(title=f"{plan.job}: {plan.model}, {plan.num_stages} stages, {plan.schedule}, {plan.precision}")
+    for column in ("stage", "island", "chip", "layers", "F", "B", "memory", "idle"):
+        table.add_column(column, justify="left" if column in ("island", "chip") else "right", no_wrap=True)
     for stage, row in zip(plan.stages, plan.rows(), strict=True):
         table.add_row(
             str(stage.stage),
             stage.island,
             stage.chip,
-            stage.backend,
             f"{stage.first_layer}–{stage.end_layer - 1}",
             seconds(stage.forward_s),
             seconds(stage.backward_s),
-            f"{num_bytes(stage.memory_bytes)} of {num_bytes(stage.memory_limit_bytes)}",
+            f"{num_bytes(stage.memory_bytes)}/{num_bytes(stage.memory_limit_bytes)}",
             f"{float(str(row['idle_share'])):.0%}",
-            num_bytes(int(str(row["send_bytes"]))) if row["send_bytes"] else "",
         )
     console.print(table)
+    emulated = sum(stage.backend == "emulated" for stage in plan.stages)
+    if emulated:
+        console.print(f"{emulated} of {plan.num_stages} chips are emulated on the CPU", highlight=False)
     console.print(
         f"{plan.num_microbatches} microbatches of {plan.microbatch}; predicted step {seconds(plan.step_s)} "
         f"on the real chips, idle {plan.idle_share:.1%} ({plan.source})",
@@ -93,7 +83,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 def seconds(value: float) -> str:
     """Return a duration for people."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if value * factor >= 1.0:
+        if value * factor >= 0.9995:
             return f"{value * factor:.3g} {unit}"
     return f"{value * 1e9:.3g} ns" if value else "0 s"
 
@@ -103,6 +93,6 @@ def num_bytes(value: int) -> str:
     size = float(value)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} GiB"
