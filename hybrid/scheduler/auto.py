@@ -14,7 +14,7 @@ from random import Random
 
 from hybrid.errors import PlanError
 from hybrid.scheduler.actions import Schedule
-from hybrid.scheduler.costs import PipelineCosts
+from hybrid.scheduler.pipeline_costs import PipelineCosts
 from hybrid.scheduler.greedy import Outcome, Policy, list_schedule
 from hybrid.scheduler.interleaved import interleaved, round_layout
 from hybrid.scheduler.schedules import SCHEDULES
@@ -23,7 +23,7 @@ from hybrid.scheduler.zero_bubble import v_layout, zb_v
 _FAR_BEHIND = 1.05
 _NUM_KEPT = 6
 """How many of the best policies are varied."""
-_PATIENCE = 120
+_PATIENCE = 60
 """Variations that may fail in a row before the search ends."""
 _HOLDS = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 _OVERRUNS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8)

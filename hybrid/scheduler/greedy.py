@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from hybrid.scheduler.actions import Action, Kind, Schedule
-from hybrid.scheduler.costs import PipelineCosts
+from hybrid.scheduler.pipeline_costs import PipelineCosts
 
 _INF = math.inf
 _EPS = 1e-9
@@ -74,7 +74,11 @@ class _Walk:
     """The state of one walk through time."""
 
     def __init__(self, costs: PipelineCosts, num_microbatches: int, policy: Policy, cutoff_s: float) -> None:
-        self.costs, self.policy, self.width = costs, policy, num_microbatches
+        self.policy, self.width = policy, num_microbatches
+        self.forward_s, self.transfer_s = costs.forward_s, costs.transfer_s
+        self.input_gradient_s, self.weight_gradient_s = costs.input_gradient_s, costs.weight_gradient_s
+        self.held_bytes, self.kept_bytes = costs.held_bytes, costs.kept_bytes
+        self.rank_of_stage = costs.rank_of_stage
         num_stages, num_ranks = costs.num_stages, costs.num_ranks
         # Deepest first: of two forwards (or gradients) that are ready, the one nearer to the loss goes on.
         self.stages_of_rank = [
@@ -101,8 +105,8 @@ class _Walk:
 
     def _reserve(self, stage: int) -> float:
         """Return what must stay free after a forward: room for its microbatch in the rank's later stages."""
-        later = self.stages_of_rank[self.costs.rank_of_stage[stage]]
-        return sum(self.costs.held_bytes[other] for other in later if other > stage)
+        later = self.stages_of_rank[self.rank_of_stage[stage]]
+        return sum(self.held_bytes[other] for other in later if other > stage)
 
     def run(self) -> Outcome | None:
         heap, now = self.heap, self.now
@@ -120,14 +124,14 @@ class _Walk:
 
     def _decide(self, rank: int, time_s: float) -> None:
         """Start the rank's next action, or wake it when there may be one."""
-        costs, policy = self.costs, self.policy
+        policy = self.policy
         next_gradient_s, gradient_stage = self._next_gradient(rank, time_s)
         if next_gradient_s <= time_s:
             return self._start(rank, time_s, Kind.I, gradient_stage)
         next_input_s, input_stage, is_full = self._next_input(rank, time_s)
         owed, num_paid = self.owed[rank], self.num_paid[rank]
         owed_stage = owed[num_paid] if num_paid < len(owed) else -1
-        weight_s = costs.weight_gradient_s[owed_stage] if owed_stage >= 0 else 0.0
+        weight_s = self.weight_gradient_s[owed_stage] if owed_stage >= 0 else 0.0
         patience_s = policy.overrun[rank] * weight_s
         if next_input_s <= time_s:
             if is_full:
@@ -135,7 +139,7 @@ class _Walk:
                     return self._start(rank, time_s, Kind.W, owed_stage)
             else:
                 hold = (policy.hold if self.owed[rank] else policy.first_hold)[rank]
-                forward_s = costs.forward_s[input_stage]
+                forward_s = self.forward_s[input_stage]
                 if time_s + forward_s <= next_gradient_s + hold * forward_s:
                     return self._start(rank, time_s, Kind.F, input_stage)
         next_s = next_gradient_s
@@ -164,14 +168,14 @@ class _Walk:
 
     def _next_input(self, rank: int, time_s: float) -> tuple[float, int, bool]:
         """Return when the next forward can start, of which stage, and whether memory forbids it now."""
-        costs, most = self.costs, self.policy.most_in_flight[rank]
+        most = self.policy.most_in_flight[rank]
         best_s, best, is_full = _INF, -1, False
         for stage in self.stages_of_rank[rank]:
             microbatch = self.num_f[stage]
             if microbatch >= self.width or microbatch - self.num_i[stage] >= most:
                 continue
             at_s = self.input_s[stage][microbatch]
-            has_room = costs.held_bytes[stage] + self.reserve[stage] <= self.room[rank]
+            has_room = self.held_bytes[stage] + self.reserve[stage] <= self.room[rank]
             # A forward that memory allows comes before an earlier one that it forbids.
             if (at_s < best_s and has_room) or (best < 0 and at_s < _INF) or (is_full and has_room and at_s < _INF):
                 best_s, best, is_full = at_s, stage, not has_room
@@ -180,7 +184,6 @@ class _Walk:
         return best_s, best, is_full
 
     def _start(self, rank: int, time_s: float, kind: Kind, stage: int) -> None:
-        costs = self.costs
         if self.start[rank] is None:
             self.start[rank] = time_s
         else:
@@ -191,26 +194,26 @@ class _Walk:
             if idle_s > self.idle_left[rank]:
                 self.is_cut = True
         if kind is Kind.F:
-            end_s, microbatch = time_s + costs.forward_s[stage], self.num_f[stage]
+            end_s, microbatch = time_s + self.forward_s[stage], self.num_f[stage]
             self.num_f[stage] += 1
-            self.room[rank] -= costs.held_bytes[stage]
+            self.room[rank] -= self.held_bytes[stage]
             if stage < self.last_stage:
-                self._hand_on(rank, self.input_s[stage + 1], stage + 1, microbatch, end_s, costs.transfer_s[stage])
+                self._hand_on(rank, self.input_s[stage + 1], stage + 1, microbatch, end_s, self.transfer_s[stage])
             else:
                 self.gradient_s[stage][microbatch] = end_s
         elif kind is Kind.I:
-            end_s, microbatch = time_s + costs.input_gradient_s[stage], self.num_i[stage]
+            end_s, microbatch = time_s + self.input_gradient_s[stage], self.num_i[stage]
             self.num_i[stage] += 1
             self.owed[rank].append(stage)
-            self.room[rank] += costs.held_bytes[stage] - costs.kept_bytes[stage]
+            self.room[rank] += self.held_bytes[stage] - self.kept_bytes[stage]
             if stage > 0:
-                edge_s = costs.transfer_s[stage - 1]
+                edge_s = self.transfer_s[stage - 1]
                 self._hand_on(rank, self.gradient_s[stage - 1], stage - 1, microbatch, end_s, edge_s)
         else:
-            end_s, microbatch = time_s + costs.weight_gradient_s[stage], self.num_w[stage]
+            end_s, microbatch = time_s + self.weight_gradient_s[stage], self.num_w[stage]
             self.num_w[stage] += 1
             self.num_paid[rank] += 1
-            self.room[rank] += costs.kept_bytes[stage]
+            self.room[rank] += self.kept_bytes[stage]
         self.order[rank].append((stage, kind, microbatch))
         self.now[rank] = end_s
         heappush(self.heap, (end_s, rank))
@@ -218,7 +221,7 @@ class _Walk:
     def _hand_on(
         self, rank: int, table: list[float], stage: int, microbatch: int, end_s: float, transfer_s: float
     ) -> None:
-        peer = self.costs.rank_of_stage[stage]
+        peer = self.rank_of_stage[stage]
         if peer == rank:
             table[microbatch] = end_s
             return

@@ -89,9 +89,15 @@ class Plan:
         return build_schedule(self.schedule, self.num_stages, self.num_microbatches)
 
     def seconds_of(self, action: Action) -> float:
-        """Return the predicted seconds of an F or B."""
+        """Return the predicted seconds of a compute action; the parts of a split backward take half each.
+
+        Both parts are one matrix product a weight of the forward, so that halves are right where products
+        dominate.
+        """
         stage = self.stages[action.stage]
-        return stage.forward_s if action.kind is Kind.F else stage.backward_s
+        if action.kind is Kind.F:
+            return stage.forward_s
+        return stage.backward_s if action.kind is Kind.B else stage.backward_s / 2
 
     def transfer_s(self, send: Action) -> float:
         """Return the predicted seconds of a message, by its SEND_F or SEND_B."""

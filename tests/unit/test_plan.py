@@ -9,6 +9,7 @@ from hybrid.errors import PlanError, UnsupportedFormat
 from hybrid.scheduler.plan import EdgePlan, Plan, StagePlan
 from hybrid.scheduler.planner import plan
 from hybrid.scheduler.profile import LayerProfile, ModelProfile
+from hybrid.scheduler.schedules import SCHEDULES
 
 GIB = 2**30
 
@@ -114,6 +115,16 @@ def test_the_predicted_step_is_the_simulated_one():
     timeline = found.simulate()
     assert found.step_s == timeline.step_s > 8 * max(s.forward_s + s.backward_s for s in found.stages)
     assert found.idle_share == timeline.idle_share
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_can_be_planned(schedule):
+    found = plan_toy(schedule=schedule)
+    work_s = max(8 * (stage.forward_s + stage.backward_s) for stage in found.stages)
+    assert work_s < found.step_s < 2 * work_s
+    assert sum(span.end_s - span.start_s for span in found.simulate().spans_of_rank[1]) == pytest.approx(
+        8 * (found.stages[1].forward_s + found.stages[1].backward_s)
+    )
 
 
 def test_edges_take_the_link_of_their_islands():

@@ -3,7 +3,7 @@ import pytest
 from hybrid.errors import ScheduleError
 from hybrid.scheduler.actions import Kind
 from hybrid.scheduler.check import check_schedule
-from hybrid.scheduler.costs import equal_costs
+from hybrid.scheduler.pipeline_costs import equal_costs
 from hybrid.scheduler.held import peak_held_of_rank, peak_in_flight_of_stage
 from hybrid.scheduler.interleaved import interleaved, round_layout
 from hybrid.scheduler.lowering import lower_communication
