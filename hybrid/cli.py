@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = app(args=None if argv is None else list(argv), standalone_mode=False)
+        code = app(args=None if argv is None else list(argv), prog_name="hybrid", standalone_mode=False)
     except HybridError as error:
         # A worker's failure carries its traceback; what the user gave wrong is one line, whatever is in it.
         text = str(error) if error.exit_code == 1 else " ".join(str(error).split())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hybrid.errors import MachineError
 from hybrid.runtime import checkpoint
+from hybrid.runtime.preflight import check_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,7 @@ def run_export(run: Path, *, to: Path) -> None:
             fix="give another, or remove it",
         )
     manifest = checkpoint.read_manifest(checkpoint.find_checkpoint(run))
+    check_folder(to.parent, where="--to")
     weights: dict[str, Tensor] = {}
     for index in range(manifest.num_layers):
         weights.update(checkpoint.read_layer(manifest, index).get("weight", {}))

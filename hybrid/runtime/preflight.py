@@ -1,22 +1,28 @@
 """Preflight: what can be checked of a run before a device is taken and before anything is written.
 
-Looks, binds and connects; changes nothing. No torch, no Ray.
+Looks, binds and connects; leaves everything as it was. No torch, no Ray.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
 
-from hybrid.config import JobConfig
+from hybrid.config import JobConfig, environment
 from hybrid.errors import MachineError
 from hybrid.runtime import checkpoint
 
 _CONNECT_TIMEOUT_S = 5.0
+_HTTP2_SETTINGS = 4
+_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, _HTTP2_SETTINGS, 0, 0, 0, 0, 0])
+"""How every gRPC client begins; a server answers with settings of its own (RFC 9113, section 3.4)."""
 
 
 def check_resume(job: JobConfig, resume: Path | None) -> checkpoint.Manifest | None:
@@ -33,22 +39,30 @@ def check_resume(job: JobConfig, resume: Path | None) -> checkpoint.Manifest | N
     return manifest
 
 
-def check_runs_dir(path: Path) -> None:
-    """Refuse a folder in which no run folder can be made.
+def check_folder(path: Path, *, where: str) -> None:
+    """Refuse a folder that is neither there nor can be made, or in which nothing can be written.
+
+    Tries it: the only sure way on file systems with rules of their own. What is tried is removed at once.
+
+    Args:
+        where: the key or option that names the folder.
 
     Raises:
-        MachineError: it, or what stands in its place, cannot be written.
+        MachineError: says what stands in the way.
     """
     there = path.absolute()
     while not there.exists() and there != there.parent:
         there = there.parent
-    if not there.is_dir():
-        fact = f"runs_dir cannot be made: {there} is a file"
-    elif not os.access(there, os.W_OK | os.X_OK):
-        fact = f"runs_dir cannot be written: no permission in {there}"
-    else:
-        return
-    raise MachineError(fact, value=str(path), valid="a folder that can be written", fix="set runs_dir to another")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".hybrid-", dir=there))
+    except OSError as error:
+        raise MachineError(
+            f"nothing can be written there: {there}: {error.strerror}",
+            value=str(path),
+            valid="a folder that can be written, or made",
+            where=where,
+            fix="give another folder",
+        ) from None
 
 
 def check_port(host: str, port: int) -> None:
@@ -91,15 +105,17 @@ def check_memory(needed_bytes: int, what: str) -> None:
 
 
 def check_address(address: str) -> None:
-    """Refuse an address of Ray at which nothing listens; `auto` is Ray's to find.
+    """Refuse an address of Ray at which nothing listens or what listens is no gRPC server; `auto` is Ray's to find.
+
+    Ray itself would retry for minutes.
 
     Raises:
-        MachineError: no HOST:PORT, or nothing answers.
+        MachineError: no HOST:PORT, or no head answers.
     """
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or "/" in host:
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise MachineError(
             "no address of a running Ray",
             value=address,
@@ -107,11 +123,17 @@ def check_address(address: str) -> None:
             where="--address",
             fix="give one of these, or leave --address out to start a local Ray",
         )
-    _connect(host.strip("[]"), int(port), address, "give HOST:PORT of a running head, or leave --address out")
+    fix = "give HOST:PORT of a running head, usually port 6379, or leave --address out"
+    with _connected(host.strip("[]"), int(port), address, fix) as line:
+        if environment("RAY_USE_TLS", "0") in ("0", "", "false"):
+            line.sendall(_HTTP2_HELLO)
+            answer = line.recv(9, socket.MSG_WAITALL)
+            if len(answer) < 9 or answer[3] != _HTTP2_SETTINGS:
+                raise OSError("what listens there is no head of a cluster")
 
 
 def check_dashboard(url: str) -> None:
-    """Refuse a URL of Ray's dashboard at which nothing listens.
+    """Refuse a URL of Ray's dashboard at which nothing answers.
 
     Raises:
         MachineError: no URL, or nothing answers.
@@ -123,14 +145,25 @@ def check_dashboard(url: str) -> None:
         port = 0
     if parts.scheme not in ("http", "https") or not parts.hostname or not port:
         raise MachineError(
-            "no URL of a Ray dashboard", value=url, valid="http://HOST:8265", where="--address", fix="give one"
+            "no URL of a Ray dashboard",
+            value=url,
+            valid="http://HOST:PORT, usually port 8265",
+            where="--address",
+            fix="give the one that `ray start --head` printed",
         )
-    _connect(parts.hostname, port, url, "check the address; the cluster must run with its dashboard")
+    with _connected(parts.hostname, port, url, "check the address; the cluster must run with its dashboard") as line:
+        if parts.scheme == "http":
+            line.sendall(f"GET /api/version HTTP/1.0\r\nHost: {parts.hostname}\r\n\r\n".encode())
+            if not line.recv(5, socket.MSG_WAITALL).startswith(b"HTTP/"):
+                raise OSError("what listens there speaks no HTTP")
 
 
-def _connect(host: str, port: int, address: str, fix: str) -> None:
+@contextmanager
+def _connected(host: str, port: int, address: str, fix: str) -> Iterator[socket.socket]:
+    """Yield a connection; whatever fails on it within seconds is told as no Ray at the address."""
     try:
-        socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or str(error) or "no answer"
+        with socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S) as line:
+            yield line
+    except (OSError, OverflowError, UnicodeError) as error:
+        why = "silence" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or str(error)
         raise MachineError(f"no Ray answers there: {why}", value=address, where="--address", fix=fix) from None

@@ -30,7 +30,7 @@ from hybrid.runtime.ledger import Commit, Ledger
 from hybrid.runtime.messages import Abort, Ready
 from hybrid.runtime.pace import time_scale
 from hybrid.runtime.placement import Placement, WorkerSpec
-from hybrid.runtime.preflight import check_memory, check_port, check_resume, check_runs_dir
+from hybrid.runtime.preflight import check_folder, check_memory, check_port, check_resume
 from hybrid.scheduler.plan import Plan
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def train(
         UserError: something the user handed us is wrong; before the first step, nothing of the run is left.
         WorkerFailed: a worker ended before its job did; the run folder keeps the metrics so far.
     """
-    check_runs_dir(job.runs_dir)
+    check_folder(job.runs_dir, where="runs_dir")
     check_port(placement.host, job.runtime.coordinator_port)
     found = check_resume(job, resume)
     corpus = open_corpus(job.data)
@@ -300,7 +300,7 @@ def train_in_one_process(job: JobConfig, *, resume: Path | None, sink: Sink, sta
     state_bytes = sum(layer.num_parameters for layer in profile.layers) * profile.bytes_per_parameter
     held_bytes = sum(layer.saved_activation_bytes for layer in profile.layers)
     check_memory(state_bytes + held_bytes, "the whole model in one process")
-    check_runs_dir(job.runs_dir)
+    check_folder(job.runs_dir, where="runs_dir")
     found = check_resume(job, resume)
     tokens = prepare_data(job.data, job.model)
     if found is not None:
