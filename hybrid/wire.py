@@ -9,7 +9,6 @@ Sections: the codec (both planes), then the data plane's records (what two trans
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn, TypeAlias
 
@@ -153,10 +152,10 @@ def encode_header(header: Header) -> bytes:
     Raises:
         ProtocolError: a message that the protocol cannot carry: too many buffers, too long a tag.
     """
+    if type(header) is MessageHeader:
+        _check_message(header)
+        return pack((1, header.seq, header.tag, header.sizes, header.frame_bytes))
     cls = type(header)
-    check = _CHECK_OF_CLASS.get(cls)
-    if check is not None:
-        check(header)
     return pack((_KIND_OF_CLASS[cls], *[getattr(header, name) for name in _FIELDS_OF_CLASS[cls]]))
 
 
@@ -177,9 +176,11 @@ def decode_header(frame: bytes) -> Header:
         if type(item) is not wanted or (isinstance(item, int) and item < 0):
             raise ProtocolError(f"{cls.__name__}.{name} is no {_NAME_OF_TYPE[wanted]}", value=_short(item))
     header = cls(*given)
-    check = _CHECK_OF_CLASS.get(cls)
-    if check is not None:
-        check(header)
+    if type(header) is MessageHeader:
+        for size in header.sizes:
+            if type(size) is not int or size < 0:
+                raise ProtocolError("message has a buffer of no size", value=_short(header.sizes))
+        _check_message(header)
     return header
 
 
@@ -196,20 +197,16 @@ _TYPES_OF_CLASS: dict[type[Header], tuple[type, ...]] = {
 _NAME_OF_TYPE = {int: "whole number of 0 or more", str: "text", bytes: "bytes", tuple: "array"}
 
 
-def _check_message(header: Any) -> None:
-    if len(header.tag) > MAX_TAG_BYTES or len(header.tag.encode()) > MAX_TAG_BYTES:
-        raise ProtocolError("tag is too long", value=header.tag[:64], valid=f"at most {MAX_TAG_BYTES} bytes of UTF-8")
-    if len(header.sizes) > MAX_BUFFERS:
-        raise ProtocolError("message has too many buffers", value=len(header.sizes), valid=f"at most {MAX_BUFFERS}")
-    if not all(type(size) is int and size >= 0 for size in header.sizes):
-        raise ProtocolError("message has a buffer of no size", value=_short(header.sizes))
-    if sum(header.sizes) > MAX_MESSAGE_BYTES:
-        raise ProtocolError("message is too long", value=sum(header.sizes), valid=f"at most {MAX_MESSAGE_BYTES} bytes")
+def _check_message(header: MessageHeader) -> None:
+    tag, sizes = header.tag, header.sizes
+    if len(tag) > MAX_TAG_BYTES or (len(tag) > MAX_TAG_BYTES // 4 and len(tag.encode()) > MAX_TAG_BYTES):
+        raise ProtocolError("tag is too long", value=tag[:64], valid=f"at most {MAX_TAG_BYTES} bytes of UTF-8")
+    if len(sizes) > MAX_BUFFERS:
+        raise ProtocolError("message has too many buffers", value=len(sizes), valid=f"at most {MAX_BUFFERS}")
+    if sum(sizes) > MAX_MESSAGE_BYTES:
+        raise ProtocolError("message is too long", value=sum(sizes), valid=f"at most {MAX_MESSAGE_BYTES} bytes")
     if not 1 <= header.frame_bytes <= MAX_FRAME_BYTES:
         raise ProtocolError("frame length is out of range", value=header.frame_bytes, valid=f"1 to {MAX_FRAME_BYTES}")
-
-
-_CHECK_OF_CLASS: dict[type[Header], Callable[[Any], None]] = {MessageHeader: _check_message}
 
 
 def _short(value: object) -> str:

@@ -16,15 +16,17 @@ from typing import final
 
 import zmq
 
-from hybrid.errors import CommTimeout, ProtocolError
+from hybrid.errors import CommTimeout, MachineError, ProtocolError
 from hybrid.transports.base import DEFAULT_WINDOW_BYTES, Transport, TransportNode
 from hybrid.transports.zmq_edge import ZmqTransport
 from hybrid.transports.zmq_engine import Engine
+from hybrid.transports.zmq_memory import keep_freed_memory
 from hybrid.transports.zmq_socket import Context, ZmqOptions, bind, fd_of, open_edge_socket, open_socket
 from hybrid.wire import PROTOCOL_VERSION, Hello, Refusal, Welcome, decode_header, encode_header
 
 _LOG = logging.getLogger(__name__)
 _MAX_HELLO_BYTES = 4096
+_ANSWER_LINGER_MS = 200
 _ATTEMPT_S = 2.0
 """Who was welcomed but met nobody on the edge's socket within this knocks again."""
 
@@ -50,6 +52,8 @@ class ZmqNode(TransportNode):
 
     def __init__(self, rank: int, options: ZmqOptions) -> None:
         self.rank, self._options = rank, options
+        if options.keep_freed_memory:
+            keep_freed_memory()
         self._context: Context = zmq.Context()
         self._engine = Engine()
         self._edges: list[ZmqTransport] = []
@@ -68,6 +72,7 @@ class ZmqNode(TransportNode):
 
     def open(self, peer: int, address: str, *, timeout_s: float) -> Transport:
         assert peer != self.rank, "an edge joins two ranks"
+        assert not self._context.closed, "this node is closed"
         deadline_s = time.monotonic() + timeout_s
         edge = self._dial(peer, address, deadline_s) if self.rank < peer else self._await(peer, deadline_s)
         if edge is None:
@@ -76,8 +81,8 @@ class ZmqNode(TransportNode):
             raise CommTimeout(
                 f"rank {peer} at {address} did not come within {timeout_s} s{strangers}", fix="see whether it started"
             )
-        self._edges = [kept for kept in self._edges if kept.failure is None]
-        self._edges.append(edge)
+        with self._engine.lock:
+            self._edges = [*(kept for kept in self._edges if kept.failure is None), edge]
         return edge
 
     def close(self) -> None:
@@ -88,7 +93,7 @@ class ZmqNode(TransportNode):
         for edge in edges:
             edge.close()
         self._engine.close()
-        # Bounded: every socket is closed, and lingers no longer than `linger_s`.
+        # At once: every socket is closed, and only the door lingers, for the answers to who knocked last.
         self._context.term()
 
     def _await(self, peer: int, deadline_s: float) -> ZmqTransport | None:
@@ -163,6 +168,7 @@ class _Door:
         self._socket = open_socket(context, zmq.ROUTER, options)
         self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_HELLO_BYTES)
         self._socket.setsockopt(zmq.RCVHWM, 16)
+        self._socket.setsockopt(zmq.LINGER, _ANSWER_LINGER_MS)
         self.address = bind(self._socket, options, port=options.port)
         self.fds: tuple[int, ...] = (fd_of(self._socket),)
         self._readable = True
@@ -181,9 +187,9 @@ class _Door:
             moved = True
             try:
                 self._welcome(identity, frames)
-            except ProtocolError as refusal:
+            except (ProtocolError, MachineError) as refusal:
                 self.refused.append(refusal.fact)
-                _LOG.warning("rank %d refused a stranger: %s", self._rank, refusal.fact)
+                _LOG.warning("rank %d refused who knocked: %s", self._rank, refusal.fact)
                 self._answer(identity, Refusal(refusal.fact))
         return moved
 
@@ -205,10 +211,14 @@ class _Door:
         earlier = self.edges_of_rank.pop(hello.rank, None)
         if earlier is not None:
             earlier.abandon()
-        secret = secrets.token_bytes(16)
         socket = open_edge_socket(self._context, self._options)
+        try:
+            endpoint = bind(socket, self._options)
+        except MachineError:
+            socket.close()
+            raise
+        secret = secrets.token_bytes(16)
         edge = ZmqTransport(self._engine, socket, peer=hello.rank, secret=secret, options=self._options)
-        endpoint = bind(socket, self._options)
         self._engine.add(edge)
         self.edges_of_rank[hello.rank] = edge
         self._answer(identity, Welcome(endpoint, secret))
@@ -226,7 +236,6 @@ class _Knock:
     def __init__(self, context: Context, address: str, options: ZmqOptions) -> None:
         self.answer: object = None
         self._socket = open_socket(context, zmq.DEALER, options)
-        self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_HELLO_BYTES)
         try:
             self._socket.connect(address)

@@ -33,8 +33,13 @@ from hybrid.transports.zmq_message import Arriving, Matcher, Part, Posted, parts
 from hybrid.transports.zmq_socket import Monitor, Socket, ZmqOptions, fd_of
 from hybrid.wire import Attach, Chunk, Credit, Goodbye, MessageHeader, decode_header, encode_header
 
+# As plain numbers: pyzmq's flags are enums, and joining two costs as much as sending a message.
+_NOW, _MORE, _RCVMORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.RCVMORE)
 _TRACKER_SLICE_S = 0.02
 """How often a wait for the kernel to take a buffer looks at the rest of the node."""
+
+_FAREWELL = bytes(16 << 10)
+"""Rides along with a goodbye. Twice libzmq's write buffer: so long a frame is let go of only when the kernel has it."""
 
 
 @final
@@ -101,16 +106,23 @@ class ZmqTransport(Transport):
         return _Receiving(self, posted)
 
     def close(self) -> None:
-        deadline_s = time.monotonic() + self._options.linger_s
+        farewell = None
         with self._engine.lock:
             if self.failure is None:
-                self._say(Goodbye())
-                self._fail(PeerLost(f"the edge to rank {self.peer} is closed at this end"), keep_socket=True)
+                farewell = self._say_goodbye()
+                failure = PeerLost(f"the edge to rank {self.peer} is closed at this end")
+                self._fail(failure, keep_socket=farewell is not None)
             self._matcher.forget_arrived()
-            in_flight, self._in_flight = self._in_flight, []
-        for sending in in_flight:
-            # ZeroMQ reads these buffers in place, and after a close their owner may reuse them.
-            sending.released(max(deadline_s - time.monotonic(), 0.0))
+        if farewell is None:
+            return
+        # Until the kernel has what was sent: the rest would be dropped, and its buffers are read in place.
+        deadline_s = time.monotonic() + self._options.linger_s
+        while not farewell.done and time.monotonic() < deadline_s:
+            with contextlib.suppress(zmq.NotDone):
+                farewell.wait(_TRACKER_SLICE_S)
+            with self._engine.lock:
+                if self._connection_has_ended():
+                    break
         with self._engine.lock:
             self._release_socket()
 
@@ -168,13 +180,23 @@ class ZmqTransport(Transport):
                 if not sending.released(0.0):
                     self._in_flight.append(sending)
 
-    def _say(self, record: Attach | Credit | Goodbye) -> None:
+    def _say(self, record: Attach | Credit) -> None:
         try:
-            self._socket.send(encode_header(record), zmq.NOBLOCK)
+            self._socket.send(encode_header(record), _NOW)
         except zmq.Again:
             self._gone = self._gone or self._lost()
         # Sending may swallow the signal that something has come in.
         self._readable = True
+
+    def _say_goodbye(self) -> zmq.MessageTracker | None:
+        """Send the last word; return what tells when the kernel has it, or None where nobody listens."""
+        if not self.met or self._gone is not None:
+            return None
+        try:
+            self._socket.send(encode_header(Goodbye()), _MORE)
+            return self._socket.send(_FAREWELL, _NOW, copy=False, track=True)
+        except zmq.Again:
+            return None
 
     # Receiving ------------------------------------------------------------------------------------------
 
@@ -182,13 +204,13 @@ class ZmqTransport(Transport):
         """Take one ZeroMQ message; return whether there was one."""
         try:
             if not self.met:
-                self._meet(self._socket.recv(zmq.NOBLOCK, copy=False))
+                self._meet(self._socket.recv(_NOW, copy=False))
                 return True
-            record = decode_header(self._socket.recv(zmq.NOBLOCK))
+            record = decode_header(self._socket.recv(_NOW))
         except zmq.Again:
             self._readable = False
             return False
-        more = bool(self._socket.getsockopt(zmq.RCVMORE))
+        more = bool(self._socket.getsockopt(_RCVMORE))
         match record:
             case MessageHeader():
                 self._begin(record, more)
@@ -202,12 +224,13 @@ class ZmqTransport(Transport):
             case Credit() if not more:
                 self._credit_bytes += record.size_bytes
                 self._pump()
-            case Goodbye() if not more:
+            case Goodbye():
+                if more:
+                    self._socket.recv(_NOW)
                 self._gone = PeerLost(f"rank {self.peer} has closed the edge", fix="rebuild the edge or the group")
             case _:
                 raise ProtocolError(f"rank {self.peer} sent a {type(record).__name__} that has no place here")
-        if more and self._socket.getsockopt(zmq.RCVMORE):
-            raise ProtocolError(f"rank {self.peer} sent more frames than its record announced")
+        # A frame too many is taken for a record next, and is none.
         return True
 
     def _meet(self, frame: zmq.Frame) -> None:
@@ -248,14 +271,14 @@ class ZmqTransport(Transport):
         if size_bytes:
             place = message.place_for(size_bytes)
             if place is not None:
-                got = self._socket.recv_into(place, flags=zmq.NOBLOCK)
+                got = self._socket.recv_into(place, flags=_NOW)
             elif size_bytes <= self._options.copy_below_bytes:
                 # Small frames share ZeroMQ's read buffer: held as they are, each would keep all of it.
-                small = self._socket.recv(zmq.NOBLOCK)
+                small = self._socket.recv(_NOW)
                 got = len(small)
                 message.put(small)
             else:
-                large = self._socket.recv(zmq.NOBLOCK, copy=False)
+                large = self._socket.recv(_NOW, copy=False)
                 got = len(large)
                 message.put(large.buffer)
             if got != size_bytes:
@@ -299,10 +322,13 @@ class ZmqTransport(Transport):
     def _look_at_monitor(self) -> None:
         if self._monitor_readable and self.failure is None:
             self._monitor_readable = False
-            for fd in self._monitor.lost_fds():
-                if self._dialing or fd == self._connection_fd:
-                    self._gone = self._gone or self._lost()
-                    self._readable = True
+            if self._connection_has_ended():
+                self._gone = self._gone or self._lost()
+                self._readable = True
+
+    def _connection_has_ended(self) -> bool:
+        # At the accepting end strangers come and go too; at the dialing end there is one connection.
+        return any(self._dialing or fd == self._connection_fd for fd in tuple(self._monitor.lost_fds()))
 
     def _lost(self) -> PeerLost:
         return PeerLost(f"the connection to rank {self.peer} has ended", fix="rebuild the edge or the group")
@@ -352,14 +378,14 @@ class _Sending(Pending):
         following = next(self._parts, None)
         try:
             if part.payload is None:
-                socket.send(part.head, zmq.NOBLOCK)
+                socket.send(part.head, _NOW)
             else:
-                socket.send(part.head, zmq.NOBLOCK | zmq.SNDMORE)
+                socket.send(part.head, _MORE)
                 if part.in_place:
                     last = following is None
-                    self._tracker = socket.send(part.payload, zmq.NOBLOCK, copy=False, track=last)
+                    self._tracker = socket.send(part.payload, _NOW, copy=False, track=last)
                 else:
-                    socket.send(part.payload, zmq.NOBLOCK)
+                    socket.send(part.payload, _NOW)
         except zmq.Again:
             return False
         self.next_part = following
@@ -386,6 +412,8 @@ class _Sending(Pending):
         return self._ended()
 
     def wait(self, timeout_s: float) -> None:
+        if self.next_part is None and self.failure is None and self.released(0.0):
+            return
         deadline_s = time.monotonic() + timeout_s
         handed_over = self._edge.wait_until(lambda: self.next_part is None or self.failure is not None, timeout_s)
         while handed_over and not self._ended():

@@ -47,7 +47,7 @@ class _Waiter:
 
     def block(self, timeout_s: float) -> list[int]:
         # Rounded up: a poll that ends a fraction early would spin through the rest of the wait.
-        ready = [fd for fd, _ in self._poll.poll(int(max(timeout_s, 0.0) * 1000 + 0.999))]
+        ready = [fd for fd, _ in self._poll.poll(int(min(max(timeout_s, 0.0), 3600.0) * 1000 + 0.999))]
         if self.bell in ready:
             os.eventfd_read(self.bell)
             ready.remove(self.bell)

@@ -48,7 +48,9 @@ class ZmqOptions:
     lost_after_s: float = 5.0
     """A connection that is silent, heartbeats included, for this long is lost."""
     linger_s: float = 2.0
-    """How long a close goes on sending what was sent before it."""
+    """How long a close may go on sending what was sent before it."""
+    keep_freed_memory: bool = True
+    """See `zmq_memory`; concerns the whole process."""
 
     def __post_init__(self) -> None:
         assert self.window_bytes >= MIN_WINDOW_BYTES, f"window_bytes is at least {MIN_WINDOW_BYTES}"
@@ -56,9 +58,12 @@ class ZmqOptions:
 
 
 def open_socket(context: Context, kind: int, options: ZmqOptions) -> Socket:
-    """Return a socket that pings its peer, lingers a bounded time and takes frames of bounded size."""
-    opened = context.socket(kind)
-    opened.setsockopt(zmq.LINGER, int(options.linger_s * 1000))
+    """Return a socket that pings its peer, takes frames of bounded size, and drops what is unsent when it closes."""
+    try:
+        opened = context.socket(kind)
+    except zmq.ZMQError as error:
+        raise MachineError(f"cannot open a socket: {error.strerror}", fix="raise the limit of open files") from None
+    opened.setsockopt(zmq.LINGER, 0)
     opened.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     opened.setsockopt(zmq.HEARTBEAT_IVL, max(int(options.heartbeat_s * 1000), 1))
     opened.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(int(options.lost_after_s * 1000), 1))

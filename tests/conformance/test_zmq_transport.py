@@ -5,7 +5,10 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -302,6 +305,43 @@ def test_ipc_leaves_no_file_and_tcp_publishes_its_port(tmp_path: Path, monkeypat
         host, port = node.address.removeprefix("tcp://").rsplit(":", 1)
         assert host == "127.0.0.1"
         assert 0 < int(port) < 65536
+
+
+@pytest.mark.parametrize("variant", ["zmq-tcp", "zmq-ipc"])
+def test_what_was_sent_right_before_a_close_arrives_though_the_receiver_looks_late(variant: str) -> None:
+    large = random.Random(1).randbytes(9 << 20)
+    for turn in range(8):
+        rig = Rig(open_node=partial(open_node, variant), window_bytes=64 << 20)
+        with rig.open_pair() as (low, high):
+            leaver, stayer = (low, high) if turn % 2 else (high, low)
+            for pending in [leaver.send("large", [large]), leaver.send("small", [b"last"])]:
+                pending.wait(5.0)
+            leaver.close()
+            targets = memoryview(bytearray(len(large))), memoryview(bytearray(4))
+            for tag, target in zip(("large", "small"), targets, strict=True):
+                stayer.recv(tag, [target]).wait(5.0)
+            assert targets == (large, b"last")
+
+
+def test_a_close_with_a_silent_peer_ends_in_time() -> None:
+    with _attached() as (_, edge):
+        edge.send("t", [bytes(300_000)]).wait(5.0)
+        began_s = time.monotonic()
+        edge.close()
+        assert time.monotonic() - began_s < 3.0
+
+
+def test_a_process_that_forgets_to_close_still_ends() -> None:
+    program = (
+        "from hybrid.transports import open_node\n"
+        "from hybrid.testing.transport_rig import Rig\n"
+        "from functools import partial\n"
+        "rig = Rig(open_node=partial(open_node, 'zmq-tcp'))\n"
+        "low, high = rig.node(0), rig.node(1)\n"
+        "ends = rig.join(low, high)\n"
+        "ends[0].send('t', [bytes(9 << 20)])\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=20)
 
 
 @pytest.mark.parametrize("variant", ["inproc", "zmq-tcp", "zmq-ipc"])
