@@ -6,9 +6,10 @@ import pytest
 
 from hybrid.testing.nki import NkiRefused, interpreting, load_kernels, rules
 
-_FILE = Path(__file__).parent / "nki_mutant_kernels.py"
 with interpreting("trn2"):
-    _KERNELS = load_kernels(_FILE)
+    _FILES = [load_kernels(Path(__file__).parent / f"nki_mutant_{name}.py") for name in ("kernels", "engines")]
+_MUTANTS = [mutant for file in _FILES for mutant in file.MUTANTS]
+_SOUND = [sound for file in _FILES for sound in file.SOUND]
 
 # Refused outside a kernel's body; their tests are below.
 _ELSEWHERE = {"jit-arguments", "spmd-grid", "outside-interpreter"}
@@ -16,8 +17,8 @@ _ELSEWHERE = {"jit-arguments", "spmd-grid", "outside-interpreter"}
 
 @pytest.mark.parametrize(
     ("rule", "generation", "kernel", "args"),
-    _KERNELS.MUTANTS,
-    ids=[f"{m[0]}:{m[2].__name__}" for m in _KERNELS.MUTANTS],
+    _MUTANTS,
+    ids=[f"{m[0]}:{m[2].__name__}" for m in _MUTANTS],
 )
 def test_a_wrong_kernel_is_refused_by_its_rule(rule, generation, kernel, args):
     with interpreting(generation), pytest.raises(NkiRefused) as refused:
@@ -27,14 +28,14 @@ def test_a_wrong_kernel_is_refused_by_its_rule(rule, generation, kernel, args):
     assert refused.value.fix
 
 
-@pytest.mark.parametrize(("generation", "kernel", "args"), _KERNELS.SOUND, ids=[m[1].__name__ for m in _KERNELS.SOUND])
+@pytest.mark.parametrize(("generation", "kernel", "args"), _SOUND, ids=[m[1].__name__ for m in _SOUND])
 def test_its_sound_twin_runs(generation, kernel, args):
     with interpreting(generation):
         kernel(*args)
 
 
 def test_every_rule_has_a_wrong_kernel():
-    assert {rule for rule, *_ in _KERNELS.MUTANTS} | _ELSEWHERE == set(rules())
+    assert {rule for rule, *_ in _MUTANTS} | _ELSEWHERE == set(rules())
 
 
 def test_every_rule_says_where_it_is_from():
@@ -46,17 +47,17 @@ def test_every_rule_says_where_it_is_from():
 
 def test_jit_refuses_the_removed_arguments():
     with interpreting("trn2"), pytest.raises(NkiRefused) as refused:
-        _KERNELS.nki.jit(mode="simulation")
+        _FILES[0].nki.jit(mode="simulation")
     assert refused.value.rule == "jit-arguments"
 
 
 def test_a_launch_on_two_cores_is_refused():
     with interpreting("trn2"), pytest.raises(NkiRefused) as refused:
-        _KERNELS.SOUND[0][1][2]
+        _SOUND[0][1][2]
     assert refused.value.rule == "spmd-grid"
 
 
 def test_a_kernel_does_not_run_outside_the_interpreter():
     with pytest.raises(NkiRefused) as refused:
-        _KERNELS.SOUND[0][1]()
+        _SOUND[0][1]()
     assert refused.value.rule == "outside-interpreter"
