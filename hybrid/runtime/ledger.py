@@ -82,6 +82,7 @@ class Ledger:
         scale_of: emulated time scale from what the ranks measured.
         join_timeout_s, silence_s: how long to wait for the workers, and for a word from a joined one.
         fault_grace_s: how long to look for a root cause after a fault that may be a consequence.
+        last_words_s: how long to wait for the fault of a worker whose process has ended.
     """
 
     num_ranks: int
@@ -92,6 +93,7 @@ class Ledger:
     silence_s: float
     started_s: float
     fault_grace_s: float = 3.0
+    last_words_s: float = 1.0
     _ranks: dict[int, _Rank] = field(default_factory=dict)
     _address_of_rank: dict[int, str] = field(default_factory=dict)
     _ready: dict[int, Ready] = field(default_factory=dict)
@@ -158,11 +160,11 @@ class Ledger:
         """Take the news that a worker's process has ended before its job did."""
         if self._ended or rank in self._finished or any(f.rank == rank for f in self._faults):
             return []
+        if not self._gone:
+            # Its last words may be on the wire still: who watches processes is quicker than the socket.
+            self._fault_deadline_s = now_s + self.last_words_s
         self._gone[rank] = why
-        if self._fault_deadline_s is None:
-            self._fault_deadline_s = now_s + self.fault_grace_s
-        # A process that died without a word is a root cause itself.
-        return self._end_with_root_cause()
+        return []
 
     def on_tick(self, now_s: float) -> list[Effect]:
         """Look at the clock."""
@@ -237,6 +239,7 @@ class Ledger:
 
     def _on_fault(self, message: Fault, now_s: float) -> list[Effect]:
         self._faults.append(message)
+        self._gone.pop(message.rank, None)
         if not message.is_consequence:
             return self._end_with_root_cause()
         if self._fault_deadline_s is None:

@@ -67,6 +67,9 @@ def run_worker(spec: WorkerSpec) -> None:
     node: TransportNode | None = None
 
     def on_abort(reason: str) -> None:
+        # Ends every wait of the compute thread with PeerLost.
+        if node is not None:
+            node.close()
         if spec.owns_process:
             # The compute thread may sit in a wait that nobody will end; the process may not outlive its job.
             timer = threading.Timer(_ABORT_GRACE_S, os._exit, args=(70,))
@@ -87,6 +90,8 @@ def run_worker(spec: WorkerSpec) -> None:
         control.tell(Hello(rank=spec.rank, token=spec.control.token, pid=os.getpid(), host=host, address=node.address))
         Worker(spec, control, node).run()
     except Exception as error:
+        if node is None:  # the coordinator listens to no one who has not said hello
+            control.tell(Hello(rank=spec.rank, token=spec.control.token, pid=os.getpid(), host="", address=""))
         control.tell(_fault(spec.rank, error))
     finally:
         if node is not None:
