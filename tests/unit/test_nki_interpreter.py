@@ -172,9 +172,6 @@ def test_a_refused_allocation_takes_nothing(trn2):
     assert trn2.usage().peak_sbuf_bytes == 229376
 
 
-# ---- psum ------------------------------------------------------------------------------------------------------
-
-
 def test_the_first_matmul_overwrites_and_later_ones_accumulate_region_by_region(trn2):
     product = nl.ndarray((4, 8), dtype=nl.float32, buffer=nl.psum)
     a, b = np.eye(4, dtype=np.float32), np.full((4, 4), 2.0, np.float32)

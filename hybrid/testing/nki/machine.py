@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import final
@@ -133,6 +135,16 @@ def current() -> Machine:
     if machine is None:
         refuse("outside-interpreter", "an NKI call outside an interpreter")
     return machine
+
+
+@contextmanager
+def active(machine: Machine) -> Iterator[None]:
+    """Make a machine the current one inside the context; contexts nest."""
+    token = _CURRENT.set(machine)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
 
 
 def registers() -> Array:

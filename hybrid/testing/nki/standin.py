@@ -30,7 +30,7 @@ from hybrid.testing.nki import (
 )
 from hybrid.testing.nki.dtypes import STORAGE
 from hybrid.testing.nki.generations import generation
-from hybrid.testing.nki.machine import _CURRENT, Machine, Usage, current
+from hybrid.testing.nki.machine import Machine, Usage, active, current
 from hybrid.testing.nki.memory import MemoryRegion
 from hybrid.testing.nki.refusal import NkiRefused, refuse
 from hybrid.testing.nki.signatures import signature_table
@@ -165,6 +165,8 @@ def _modules() -> dict[str, ModuleType]:
 def interpreting(name: str) -> Iterator[Machine]:
     """Interpret kernels at the limits of a generation (`trn1`, `trn2`, `trn3`) inside the context.
 
+    Contexts nest. `sys.modules` is the process's: interpret in one thread at a time.
+
     Raises:
         UserError: no such generation.
     """
@@ -173,11 +175,10 @@ def interpreting(name: str) -> Iterator[Machine]:
     for key in saved:
         del sys.modules[key]
     sys.modules.update(_modules())
-    token = _CURRENT.set(machine)
     try:
-        yield machine
+        with active(machine):
+            yield machine
     finally:
-        _CURRENT.reset(token)
         for key in [key for key in sys.modules if key == "nki" or key.startswith("nki.")]:
             del sys.modules[key]
         sys.modules.update(saved)
