@@ -169,12 +169,13 @@ def decode_header(frame: bytes) -> Header:
     if not isinstance(value, tuple) or not value or type(value[0]) is not int or value[0] not in _CLASS_OF_KIND:
         raise ProtocolError("frame is no record of this protocol", value=bytes(frame[:16]), valid=_CLASS_OF_KIND)
     cls = _CLASS_OF_KIND[value[0]]
-    if len(value) - 1 != len(_TYPES_OF_CLASS[cls]):
-        raise ProtocolError(f"{cls.__name__} has the wrong number of fields", value=len(value) - 1)
     given: tuple[Any, ...] = value[1:]
-    for item, wanted, name in zip(given, _TYPES_OF_CLASS[cls], _FIELDS_OF_CLASS[cls], strict=True):
-        if type(item) is not wanted or (isinstance(item, int) and item < 0):
-            raise ProtocolError(f"{cls.__name__}.{name} is no {_NAME_OF_TYPE[wanted]}", value=_short(item))
+    if tuple(map(type, given)) != _TYPES_OF_CLASS[cls]:
+        wanted = ", ".join(f"{name}: {kind.__name__}" for name, kind in _named_types(cls))
+        raise ProtocolError(f"{cls.__name__} has other fields", value=_short(given), valid=f"({wanted})")
+    for item in given:
+        if type(item) is int and item < 0:
+            raise ProtocolError(f"{cls.__name__} has a number below zero", value=_short(given))
     header = cls(*given)
     if type(header) is MessageHeader:
         for size in header.sizes:
@@ -194,7 +195,10 @@ _TYPES_OF_CLASS: dict[type[Header], tuple[type, ...]] = {
     Refusal: (str,),
     Attach: (bytes, int),
 }
-_NAME_OF_TYPE = {int: "whole number of 0 or more", str: "text", bytes: "bytes", tuple: "array"}
+
+
+def _named_types(cls: type[Header]) -> zip[tuple[str, type]]:
+    return zip(_FIELDS_OF_CLASS[cls], _TYPES_OF_CLASS[cls], strict=True)
 
 
 def _check_message(header: MessageHeader) -> None:

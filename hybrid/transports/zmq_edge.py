@@ -210,7 +210,7 @@ class ZmqTransport(Transport):
         except zmq.Again:
             self._readable = False
             return False
-        more = bool(self._socket.getsockopt(_RCVMORE))
+        more = bool(self._socket.get(_RCVMORE))
         match record:
             case MessageHeader():
                 self._begin(record, more)
