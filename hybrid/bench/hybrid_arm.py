@@ -1,0 +1,113 @@
+"""Our arms: a rank as in a job's worker (Interpreter, StageCompute, a transport), on the CPU or as an emulated chip."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, final
+
+import torch
+
+from hybrid.backends.base import Backend
+from hybrid.backends.emulated import EmulatedBackend
+from hybrid.bench.arm import WAIT_S, Arm, build_compute, microbatches, open_cpu, zero_gradients
+from hybrid.bench.messages import Alone, KeepPace, Meet, RunAlone, TellAddress
+from hybrid.bench.workload import Pace, Workload
+from hybrid.hardware import load_catalog
+from hybrid.models.stage import boundary_shape
+from hybrid.runtime.capabilities import capabilities_of
+from hybrid.runtime.interpreter import Interpreter
+from hybrid.scheduler.actions import Action, Kind
+from hybrid.scheduler.lowering import lower_communication
+from hybrid.scheduler.schedules import one_f_one_b
+from hybrid.transports import open_node
+from hybrid.transports.base import Transport
+
+
+@final
+class HybridRank(Arm):
+    """One rank of our 1F1B.
+
+    Args:
+        medium: a name of `hybrid.transports.VARIANTS`.
+        chip: emulate this chip of the catalog, at the pace that `KeepPace` sets; None computes on the CPU.
+    """
+
+    def __init__(self, rank: int, num_ranks: int, medium: str, token: bytes, chip: str | None = None) -> None:
+        self._rank, self._num_ranks = rank, num_ranks
+        self._node = open_node(medium, rank, token=token)
+        self._edges: dict[int, Transport] = {}
+        self._backend: Backend = open_cpu() if chip is None else _open_emulated(chip)
+        self._pace: Pace | None = None
+
+    @property
+    def overrun_s(self) -> float:
+        return self._backend.overrun_s if isinstance(self._backend, EmulatedBackend) else 0.0
+
+    def load(self, workload: Workload) -> None:
+        self._workload = workload
+        self._schedule = one_f_one_b(self._num_ranks, workload.num_microbatches)
+        self._compute = build_compute(workload, workload.layers(self._rank), self._backend)
+        self.stage = self._compute.stage
+        self._interpreter = Interpreter(
+            lower_communication(self._schedule),
+            self._rank,
+            {self._rank: self._compute},
+            self._edges,
+            shape=boundary_shape(workload.model, workload.microbatch),
+            dtype=torch.float32,
+            seconds_of=self._seconds_of,
+            timeout_s=WAIT_S,
+        )
+
+    def prepare(self, step: int) -> None:
+        self._batch = microbatches(self._workload, step)
+        # An emulated chip's work begins now, not within the lag that its queue may hide.
+        self._backend.execute(lambda: None, expected_s=0.0)
+
+    def step(self, step: int) -> float | None:
+        self._interpreter.run(step, self._batch)
+        return self._compute.take_loss()
+
+    def answer(self, message: object) -> Any:
+        match message:
+            case TellAddress():
+                return self._node.address
+            case Meet(address_of_rank=addresses):
+                return self._meet(addresses)
+            case KeepPace(pace=pace):
+                self._pace = pace
+                return None
+            case RunAlone(step=step):
+                return self._run_alone(step)
+            case _:
+                raise TypeError(f"a rank of ours is asked for {message}")
+
+    def _seconds_of(self, action: Action) -> float:
+        return 0.0 if self._pace is None else self._pace.seconds_of(action)
+
+    def _meet(self, address_of_rank: tuple[str, ...]) -> None:
+        for peer in (self._rank - 1, self._rank + 1):
+            if 0 <= peer < self._num_ranks:
+                self._edges[peer] = self._node.open(peer, address_of_rank[peer], timeout_s=WAIT_S)
+
+    def _run_alone(self, step: int) -> Alone:
+        batch = microbatches(self._workload, step)
+        shape = boundary_shape(self._workload.model, self._workload.microbatch)
+        x, grad = torch.randn(shape), torch.randn(shape) * 1e-3
+        seconds = {Kind.F: 0.0, Kind.B: 0.0}
+        for action in self._schedule.actions_of_rank[self._rank]:
+            start_s = time.monotonic()
+            if action.kind is Kind.F:
+                ids, targets = batch(action.microbatch)
+                self._compute.forward(action.microbatch, ids if self._compute.is_first else x, targets)
+            else:
+                self._compute.backward(action.microbatch, None if self._compute.is_last else grad)
+            seconds[action.kind] += time.monotonic() - start_s
+        self._compute.take_loss()
+        zero_gradients(self.stage)
+        num = self._workload.num_microbatches
+        return Alone(forward_s=seconds[Kind.F] / num, backward_s=seconds[Kind.B] / num)
+
+
+def _open_emulated(chip: str) -> EmulatedBackend:
+    return EmulatedBackend(capabilities_of(load_catalog().chip(chip), None), time_scale=1.0)

@@ -1,0 +1,163 @@
+"""`hybrid bench pipeline`: one process, torch's 1F1B over gloo and ours, side by side; emulated ranks against paper.
+
+The owner of the processes: it tells one arm at a time to run one step, in rotating order, while all others wait
+blocked. Imports no torch. How each figure is taken stands in the median rows under `how`.
+"""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from hybrid.bench import judge
+from hybrid.bench.judge import Round
+from hybrid.bench.messages import Alone, KeepPace, Load, Make, Meet, Ran, RunAlone, RunStep, TellAddress
+from hybrid.bench.processes import Maker, Team
+from hybrid.bench.result import Result
+from hybrid.bench.workload import COMM_HEAVY, COMPUTE_HEAVY, EVEN, TINY, UNEVEN, Pace, Workload
+from hybrid.config import RuntimeConfig
+
+MEDIUM = f"zmq-{RuntimeConfig().zmq_medium}"
+"""Our arms' transport: what a job gets that names none."""
+
+_QUICK_S, _FULL_S = 38.0, 200.0
+"""What the whole benchmark aims at; a slower machine runs fewer rounds, but never fewer than the least."""
+_SHARE_OF_PART = {"compute_heavy": 0.42, "comm_heavy": 0.45, "emulated_even": 0.5, "emulated_uneven": 1.0}
+"""Of the time that is left when a part begins."""
+_LEAST_ROUNDS, _MOST_ROUNDS = 3, 60
+_REPLY_S = 90.0
+
+MEMBERS_OF_ARM = {
+    "one_process": ("one_process",),
+    "torch": ("torch_0", "torch_1"),
+    "ours": ("ours_0", "ours_1"),
+}
+EMULATED = tuple(f"emulated_{rank}" for rank in range(TINY.num_stages))
+_CHIPS = ("trn2", "h100")
+
+
+def measure_pipeline(*, quick: bool) -> Result:
+    """Measure everything; see `docs/benchmarks.md`.
+
+    Raises:
+        WorkerFailed: a process failed or was silent.
+        ScheduleError: the arms computed different losses or gradients.
+    """
+    end_s = time.monotonic() + (_QUICK_S if quick else _FULL_S)
+
+    def until_s(part: str) -> float:
+        now_s = time.monotonic()
+        return now_s + _SHARE_OF_PART[part] * max(0.0, end_s - now_s)
+
+    parts = []
+    with (
+        tempfile.TemporaryDirectory(prefix="hybrid-bench-") as folder,
+        Team(makers(Path(folder)), timeout_s=_REPLY_S) as team,
+    ):
+        meet(team, MEMBERS_OF_ARM["ours"])
+        meet(team, EMULATED)
+        for workload in (COMPUTE_HEAVY, COMM_HEAVY):
+            rounds = run_side_by_side(team, workload, until_s=until_s(workload.name))
+            parts.append(judge.side_by_side(workload, rounds, _how_of_arm(workload)))
+        warm_up_emulated(team, TINY)
+        for index, (name, pace) in enumerate((("emulated_even", EVEN), ("emulated_uneven", UNEVEN))):
+            steps = run_emulated(team, pace, first_step=1 + index * _MOST_ROUNDS, until_s=until_s(name))
+            parts.append(judge.emulated(name, TINY, pace, steps, _how_emulated(TINY)))
+    return judge.join(parts)
+
+
+def run_side_by_side(team: Team, workload: Workload, *, until_s: float) -> list[Round]:
+    """Return the rounds of a workload: each arm's step, and each stage alone, in an order that rotates.
+
+    The first round warms up; it alone carries the gradients' squares.
+    """
+    team.ask_all([name for names in MEMBERS_OF_ARM.values() for name in names], Load(workload=workload))
+    order = [*MEMBERS_OF_ARM, "ideal"]
+    rounds = []
+    for number in rounds_until(until_s, least=_LEAST_ROUNDS + 1):
+        ran: dict[str, list[Ran]] = {}
+        alone: list[Alone] = []
+        turn = number % len(order)
+        for arm in order[turn:] + order[:turn]:
+            if arm == "ideal":
+                alone = team.ask_all(MEMBERS_OF_ARM["ours"], RunAlone(step=number))
+            else:
+                ran[arm] = team.ask_all(MEMBERS_OF_ARM[arm], RunStep(step=number, with_squares=number == 0))
+        rounds.append(Round(number=number, ran_of_arm=ran, alone_of_stage=alone))
+    return rounds
+
+
+def warm_up_emulated(team: Team, workload: Workload) -> None:
+    """Load the emulated ranks and run step 0 as fast as they can."""
+    team.ask_all(EMULATED, Load(workload=workload))
+    team.ask_all(EMULATED, RunStep(step=0))
+
+
+def run_emulated(team: Team, pace: Pace, *, first_step: int, until_s: float) -> list[list[Ran]]:
+    """Return the steps of the emulated ranks at a pace, each with every rank's report."""
+    team.ask_all(EMULATED, KeepPace(pace=pace))
+    steps = rounds_until(until_s, least=_LEAST_ROUNDS)
+    return [team.ask_all(EMULATED, RunStep(step=first_step + number)) for number in steps]
+
+
+def rounds_until(until_s: float, *, least: int) -> Iterator[int]:
+    """Yield 0, 1, … while a round more, as long as the last one, would end in time; `least` come in any case."""
+    last_s = 0.0
+    for number in range(_MOST_ROUNDS):
+        started_s = time.monotonic()
+        if number >= least and started_s + last_s > until_s:
+            return
+        yield number
+        last_s = time.monotonic() - started_s
+
+
+def meet(team: Team, names: tuple[str, ...]) -> None:
+    """Join our ranks, neighbour to neighbour."""
+    addresses = team.ask_all(names, TellAddress())
+    team.ask_all(names, Meet(address_of_rank=tuple(addresses)))
+
+
+def makers(folder: Path) -> dict[str, Maker]:
+    """Return what runs in each process; `folder` holds torch's rendezvous."""
+    made: dict[str, Maker] = {"one_process": Make(target="hybrid.bench.arm:OneProcess")}
+    names = MEMBERS_OF_ARM["torch"]
+    for rank, name in enumerate(names):
+        arguments = {"rank": rank, "num_ranks": len(names), "store": str(folder / "gloo")}
+        made[name] = Make(target="hybrid.bench.torch_arm:TorchRank", arguments=arguments)
+    for names in (MEMBERS_OF_ARM["ours"], EMULATED):
+        token = secrets.token_bytes(16)
+        for rank, name in enumerate(names):
+            chip = _CHIPS[rank * len(_CHIPS) // len(names)] if names is EMULATED else None
+            arguments = {"rank": rank, "num_ranks": len(names), "medium": MEDIUM, "token": token, "chip": chip}
+            made[name] = Make(target="hybrid.bench.hybrid_arm:HybridRank", arguments=arguments)
+    return made
+
+
+def _how_of_arm(workload: Workload) -> Mapping[str, str]:
+    """Return how each arm's figure is taken."""
+    what = (
+        f"{workload.num_microbatches} microbatches in float32, one thread a process, "
+        f"{workload.activation_bytes / 2**20:g} MiB over the cut for each, each way"
+    )
+    timed = "from the first stage's start to the last rank's end; making samples and clearing gradients not timed"
+    return {
+        "one_process": f"whole model, microbatch by microbatch; {what}; {timed}",
+        "torch": f"torch.distributed.pipelining Schedule1F1B over gloo, 2 processes; {what}; {timed}",
+        "ours": f"1F1B by Interpreter, StageCompute and {MEDIUM}, 2 processes; {what}; {timed}",
+        "ideal": (
+            "1F1B simulated without communication from each stage's mean forward and backward seconds; these were "
+            "measured once a round in our two processes, both computing at once, the same actions in the same order "
+            "on made-up inputs, without pipeline or wire"
+        ),
+    }
+
+
+def _how_emulated(workload: Workload) -> str:
+    return (
+        f"{workload.num_stages} processes, an emulated chip each: an action takes the seconds given, what its own tiny "
+        f"compute leaves of them is waited out; 1F1B of {workload.num_microbatches} microbatches over {MEDIUM}; from "
+        "the first stage's start to the last rank's end"
+    )

@@ -1,0 +1,109 @@
+"""Team: the persistent processes of a benchmark, asked one message at a time.
+
+Between two messages a member waits blocked on its pipe and takes no processor time. Every wait has a limit; when the
+team's owner ends, in whatever way, the kernel ends the members. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+from hybrid.errors import WorkerFailed
+
+Handler: TypeAlias = "Callable[[Any], Any]"
+"""Takes a message, returns the reply; lives in its own process."""
+Maker: TypeAlias = "Callable[[], Handler]"
+"""Picklable; called in the new process."""
+
+_LEAVE_S = 5.0
+
+
+class Team:
+    """Processes by name; use it as a context manager.
+
+    Args:
+        makers: what each member runs.
+        timeout_s: the longest wait for a reply.
+
+    Raises:
+        WorkerFailed: a member raised (its traceback is in the text), ended, or was silent for `timeout_s`.
+    """
+
+    def __init__(self, makers: Mapping[str, Maker], *, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        pipes = {name: Pipe() for name in makers}
+        self._connections: dict[str, Connection[Any, Any]] = {name: ours for name, (ours, _) in pipes.items()}
+        fds = [theirs.fileno() for _, theirs in pipes.values()]
+        self._nursery = subprocess.Popen(
+            [sys.executable, "-m", "hybrid.bench.nursery", *map(str, fds)],
+            pass_fds=fds,
+            stdin=subprocess.PIPE,
+            # What a library prints must not mix with what the owner prints.
+            stdout=2,
+            start_new_session=True,
+        )
+        for _, theirs in pipes.values():
+            theirs.close()
+        assert self._nursery.stdin is not None
+        self._nursery.stdin.write(f"{os.getpid()}\n".encode())
+        self._nursery.stdin.close()
+        try:
+            self.ask(makers)
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, messages: Mapping[str, Any]) -> dict[str, Any]:
+        """Tell each named member its message, all before any reply is waited for; return the replies."""
+        for name, message in messages.items():
+            try:
+                self._connections[name].send(message)
+            except OSError:
+                raise WorkerFailed(f"benchmark process {name} has ended") from None
+        deadline_s = time.monotonic() + self._timeout_s
+        return {name: self._reply(name, deadline_s) for name in messages}
+
+    def ask_all(self, names: Iterable[str], message: Any) -> list[Any]:
+        """Tell every named member the same; return the replies in the order of the names."""
+        return list(self.ask(dict.fromkeys(names, message)).values())
+
+    def close(self) -> None:
+        """End every member; idempotent."""
+        for connection in self._connections.values():
+            connection.close()
+        try:
+            self._nursery.wait(_LEAVE_S)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(self._nursery.pid, signal.SIGKILL)
+            self._nursery.wait(_LEAVE_S)
+
+    def _reply(self, name: str, deadline_s: float) -> Any:
+        connection = self._connections[name]
+        if not connection.poll(max(0.0, deadline_s - time.monotonic())):
+            raise WorkerFailed(f"benchmark process {name} was silent for {self._timeout_s:g} s")
+        try:
+            status, reply = connection.recv()
+        except (EOFError, OSError):
+            raise WorkerFailed(f"benchmark process {name} has ended") from None
+        if status == "error":
+            raise WorkerFailed(f"benchmark process {name} failed:\n{reply}")
+        return reply
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
