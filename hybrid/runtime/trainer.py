@@ -186,11 +186,12 @@ def train(
         except UserError as error:
             raise error if run is None else run.refused(error, resume) from None
         finally:
-            if run is not None:
-                run.close()
+            # The workers first: one of them may still be writing.
+            placement.close()
             if coordinator is not None:
                 coordinator.close()
-            placement.close()
+            if run is not None:
+                run.close()
 
 
 async def _coordinate(

@@ -65,11 +65,16 @@ _ABORT_GRACE_S = 3.0
 def run_worker(spec: WorkerSpec) -> None:
     """Run one rank to the end of its job; every failure is told to the coordinator and ends quietly here."""
     node: TransportNode | None = None
+    closing = threading.Lock()
+
+    def close_node() -> None:
+        with closing:
+            if node is not None:
+                node.close()
 
     def on_abort(reason: str) -> None:
         # Ends every wait of the compute thread with PeerLost.
-        if node is not None:
-            node.close()
+        close_node()
         if spec.owns_process:
             # The compute thread may sit in a wait that nobody will end; the process may not outlive its job.
             timer = threading.Timer(_ABORT_GRACE_S, os._exit, args=(70,))
@@ -94,8 +99,7 @@ def run_worker(spec: WorkerSpec) -> None:
             control.tell(Hello(rank=spec.rank, token=spec.control.token, pid=os.getpid(), host="", address=""))
         control.tell(_fault(spec.rank, error))
     finally:
-        if node is not None:
-            node.close()
+        close_node()
         control.close()
 
 
