@@ -1,13 +1,20 @@
-"""The `cpu` backend: the reference that every other backend is compared with."""
+"""The `cpu` backend: the reference that every other backend is compared with.
+
+Also here: what every backend that computes in the host's memory has (`HostMemory`, `HostBuffers`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar, final
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar, final
 
 import torch
 
-from hybrid.backends.base import Backend, Capabilities, MemoryStats
+from hybrid.backends.base import Backend, Capabilities, M, MemoryStats
+from hybrid.backends.native_group import open_native_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -39,6 +46,22 @@ class HostMemory:
         return MemoryStats(allocated_bytes=self._allocated, peak_bytes=self._peak, limit_bytes=self._limit)
 
 
+class HostBuffers:
+    """Host tensors that are used again, by shape and format; first touch of fresh memory is slow."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[tuple[int, ...], torch.dtype], list[torch.Tensor]] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return a buffer that was given back, or a fresh one."""
+        free = self._free.get((shape, dtype))
+        return free.pop() if free else torch.empty(shape, dtype=dtype)
+
+    def give(self, buffer: torch.Tensor) -> None:
+        """Take a buffer back."""
+        self._free.setdefault((tuple(buffer.shape), buffer.dtype), []).append(buffer)
+
+
 @final
 class CpuBackend(Backend):
     """The host's own cores, through torch."""
@@ -49,15 +72,28 @@ class CpuBackend(Backend):
         self.device = torch.device("cpu")
         self.capabilities = capabilities
         self._memory = HostMemory(capabilities.chip, capabilities.memory_bytes)
+        self._buffers = HostBuffers()
 
     def compile(self, fn: Callable[..., T]) -> Callable[..., T]:
         return fn
 
+    def place(self, module: M) -> M:
+        return module
+
     def to_device(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def to_host(self, x: torch.Tensor) -> torch.Tensor:
+    def to_host(self, x: torch.Tensor, *, into: torch.Tensor | None = None) -> torch.Tensor:
         return x.contiguous()
+
+    def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return self._buffers.take(shape, dtype)
+
+    def recycle(self, buffer: torch.Tensor) -> None:
+        self._buffers.give(buffer)
+
+    def native_group(self, ranks: Sequence[int], *, rank: int, address: str, timeout_s: float) -> ProcessGroup:
+        return open_native_group("gloo", ranks, rank=rank, address=address, timeout_s=timeout_s)
 
     def synchronize(self) -> None:
         """Return at once: the CPU is synchronous."""

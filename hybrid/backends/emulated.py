@@ -1,24 +1,30 @@
 """The `emulated` backend: the CPU's mathematics with a chip's manners.
 
 It is an emulation and says so: it keeps the chip's *pace* (an action ends no sooner than the cost table says), its
-*memory limit* and its *number formats*. It does not reproduce the chip's kernels or its rounding.
+*memory limit*, its *number formats* and, where the chip runs static graphs, its *fixed shapes*. It does not reproduce
+the chip's kernels or its rounding.
 
 How pace works on a machine with fewer cores than chips: a device runs its actions back to back, as an accelerator
-does whose host enqueues ahead. An action starts when the one before it ended *on the emulated clock* or when its inputs
-landed, whichever is later; the real computation is done somewhere in between, and the rest is waited out. A host that
-is a little late therefore delays nothing unless it misses the action's end; that is counted as `overrun_s`.
+does whose host enqueues ahead. An action starts when the one before it ended *on the emulated clock* or when its
+inputs landed, whichever is later; the real computation is done somewhere in between, and the rest is waited out. A
+host that is a little late therefore delays nothing unless it misses the action's end; that is counted as `overrun_s`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Protocol, TypeVar, final
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar, final
 
 import torch
 
-from hybrid.backends.base import Backend, Capabilities, MemoryStats
-from hybrid.backends.cpu import HostMemory
+from hybrid.backends.base import Backend, Capabilities, M, MemoryStats
+from hybrid.backends.cpu import HostBuffers, HostMemory
+from hybrid.backends.native_group import open_native_group
+from hybrid.backends.static_shapes import hold_shapes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -54,15 +60,28 @@ class EmulatedBackend(Backend):
         self._clock: Clock = clock if clock is not None else time
         self._free_at = float("-inf")
         self._memory = HostMemory(f"emulated {capabilities.chip}", capabilities.memory_bytes)
+        self._buffers = HostBuffers()
 
     def compile(self, fn: Callable[..., T]) -> Callable[..., T]:
-        return fn
+        return hold_shapes(fn, chip=self.capabilities.chip) if self.capabilities.execution == "graph" else fn
+
+    def place(self, module: M) -> M:
+        return module
 
     def to_device(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def to_host(self, x: torch.Tensor) -> torch.Tensor:
+    def to_host(self, x: torch.Tensor, *, into: torch.Tensor | None = None) -> torch.Tensor:
         return x.contiguous()
+
+    def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return self._buffers.take(shape, dtype)
+
+    def recycle(self, buffer: torch.Tensor) -> None:
+        self._buffers.give(buffer)
+
+    def native_group(self, ranks: Sequence[int], *, rank: int, address: str, timeout_s: float) -> ProcessGroup:
+        return open_native_group("gloo", ranks, rank=rank, address=address, timeout_s=timeout_s)
 
     def synchronize(self) -> None:
         """Wait until the emulated clock has caught up."""

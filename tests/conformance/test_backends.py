@@ -1,17 +1,21 @@
 """The backend kit on every backend that runs here, and the kit against planted faults."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed
 
 from hybrid.backends import Backend, open_backend
 from hybrid.backends.base import Capabilities
 from hybrid.backends.cpu import CpuBackend
 from hybrid.backends.emulated import EmulatedBackend
+from hybrid.errors import DeviceError
 from hybrid.hardware import load_catalog
 from hybrid.runtime.capabilities import capabilities_of
 from hybrid.testing import backend_kit
+from hybrid_kernels.selection import choose
 
 
 def _opener(name: str, chip: str) -> Callable[[int | None], Backend]:
@@ -82,6 +86,122 @@ class _LosesWork(CpuBackend):
         return torch.zeros_like(out) if isinstance(out, torch.Tensor) and out.shape == (64, 64) else out
 
 
+class _LeavesBuffersBehind(CpuBackend):
+    """Moves the parameters of a module to a device, here a format, and forgets its buffers' bits."""
+
+    def place(self, module):
+        for buffer in module.buffers():
+            buffer.zero_()
+        return module
+
+
+class _RenamesParameters(CpuBackend):
+    def place(self, module):
+        return torch.nn.Sequential(module)
+
+
+class _CompilesSomethingElse(CpuBackend):
+    def compile(self, fn):
+        return lambda *args, **kwargs: fn(*args, **kwargs) + 1
+
+
+class _FallsBackInSilence(CpuBackend):
+    def compile(self, fn):
+        def call(*args, **kwargs):
+            try:
+                return fn(*args, **kwargs)
+            except NotImplementedError:
+                return args[0]
+
+        return call
+
+
+class _TakesEveryShape(CpuBackend):
+    """Claims static graphs and holds no shape."""
+
+
+class _ComparesShapesTooLate(CpuBackend):
+    def compile(self, fn):
+        shapes = []
+
+        def call(x, **kwargs):
+            out = fn(x, **kwargs)
+            shapes.append((x.shape, x.dtype))
+            if shapes[0] != shapes[-1]:
+                raise DeviceError("other shapes", valid="float32[4, 3]")
+            return out
+
+        return call
+
+
+class _HasDiceOfItsOwn(CpuBackend):
+    def generator(self, seed):
+        return torch.Generator().manual_seed(seed + 1)
+
+
+class _CopiesLate(CpuBackend):
+    """Gives a buffer out again while a copy from it is still to come."""
+
+    def to_device(self, x):
+        late = [x]
+        return _Late(late)
+
+
+class _Late:
+    def __init__(self, source):
+        self.source = source
+
+    def clone(self):
+        return self.source[0]
+
+    def __getattr__(self, name):
+        return getattr(self.source[0], name)
+
+
+class _GivesABufferTwice(CpuBackend):
+    def host_buffer(self, shape, dtype):
+        if not hasattr(self, "_only"):
+            self._only = torch.empty(shape, dtype=dtype)
+        return self._only
+
+
+class _ReducesToTwice(CpuBackend):
+    def native_group(self, ranks, *, rank, address, timeout_s):
+        group = super().native_group(ranks, rank=rank, address=address, timeout_s=timeout_s)
+        return _Twice(group)
+
+
+class _Twice(torch.distributed.ProcessGroup):
+    def __init__(self, group):
+        super().__init__(0, 1)
+        self._group = group
+        torch.distributed.distributed_c10d._world.pg_map[self] = torch.distributed.distributed_c10d._world.pg_map[group]
+        torch.distributed.distributed_c10d._world.pg_group_ranks[self] = {0: 0}
+
+    def allreduce(self, tensors, opts=None):
+        tensors[0].mul_(2)
+        return self._group.allreduce(tensors)
+
+
+class _NamesTheWrongKernel(CpuBackend):
+    @property
+    def kernels(self):
+        return {**super().kernels, "rope": choose("rope", "cpu", variant="ref")}
+
+
+class _ForgetsAKernel(CpuBackend):
+    @property
+    def kernels(self):
+        return {op: choice for op, choice in super().kernels.items() if op != "adamw"}
+
+
+class _ForgetsDeviceMemory(CpuBackend):
+    """Says that its own allocator is asked, and never asks it."""
+
+    def memory_stats(self):
+        return dataclasses.replace(super().memory_stats(), device_bytes=0, device_peak_bytes=0)
+
+
 FAULTS = {
     _LosesBits: backend_kit.round_trip_keeps_the_bits,
     _Transposes: backend_kit.round_trip_keeps_the_bits,
@@ -90,8 +210,22 @@ FAULTS = {
     _HasNoLimit: backend_kit.memory_is_told_and_limited,
     _CountsRefusals: backend_kit.memory_is_told_and_limited,
     _NeverReleases: backend_kit.memory_is_told_and_limited,
+    _ForgetsDeviceMemory: backend_kit.memory_is_told_and_limited,
     _LosesWork: backend_kit.synchronize_waits_for_all_work,
+    _LeavesBuffersBehind: backend_kit.placed_modules_compute_on_the_device,
+    _RenamesParameters: backend_kit.placed_modules_compute_on_the_device,
+    _CompilesSomethingElse: backend_kit.compiled_functions_keep_result_and_shapes,
+    _FallsBackInSilence: backend_kit.compiled_functions_keep_result_and_shapes,
+    _TakesEveryShape: backend_kit.compiled_functions_keep_result_and_shapes,
+    _ComparesShapesTooLate: backend_kit.compiled_functions_keep_result_and_shapes,
+    _HasDiceOfItsOwn: backend_kit.chance_is_drawn_on_the_host,
+    _CopiesLate: backend_kit.host_buffers_come_back_when_they_are_free,
+    _GivesABufferTwice: backend_kit.host_buffers_come_back_when_they_are_free,
+    _ReducesToTwice: backend_kit.a_group_of_one_reduces_to_itself,
+    _NamesTheWrongKernel: backend_kit.every_kernel_has_a_variant,
+    _ForgetsAKernel: backend_kit.every_kernel_has_a_variant,
 }
+STATIC_GRAPHS = {_TakesEveryShape, _ComparesShapesTooLate}
 
 
 @pytest.mark.parametrize("faulty", FAULTS, ids=lambda cls: cls.__name__.strip("_"))
@@ -102,7 +236,7 @@ def test_the_kit_refuses_a_planted_fault(faulty: type[CpuBackend]) -> None:
         fp8_max=None,
         memory_bytes=None,
         flops_of_format={},
-        execution="eager",
+        execution="graph" if faulty in STATIC_GRAPHS else "eager",
     )
 
     def open_it(memory_bytes: int | None) -> Backend:
