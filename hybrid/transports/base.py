@@ -41,7 +41,8 @@ class Pending(ABC):
 
         Raises:
             CommTimeout: the operation did not end within `timeout_s`; it stays under way.
-            PeerLost: the peer has gone and the message was not (wholly) sent or received.
+            PeerLost: the peer has gone and the message was not wholly received or, of a send, not
+                wholly taken by the medium; what was taken may still be lost with the peer.
             ProtocolError: the message does not fit the receive that was posted for it, or the
                 peer sent bytes that no honest peer sends.
         """
@@ -117,6 +118,7 @@ class TransportNode(ABC):
         the next and then the one before do not block each other. After a close the same two may open again.
     13. *Strangers*: who knocks with another token, another protocol version, or for another rank is refused
         with ProtocolError, is listed in `refused`, and does not disturb the honest peer.
+    14. *Leaves*: a node's `close`, from any thread and from several at once, ends an `open` under way with PeerLost.
     """
 
     rank: int
@@ -135,6 +137,7 @@ class TransportNode(ABC):
         Raises:
             CommTimeout: the peer did not answer within `timeout_s`.
             ProtocolError: the peer refuses: another token, protocol version or rank.
+            PeerLost: this node was closed meanwhile.
         """
 
     @abstractmethod

@@ -197,6 +197,7 @@ class InprocNode(TransportNode):
         self._refused: deque[str] = deque(maxlen=16)
         self._accepted: dict[int, InprocTransport] = {}
         self._opened: list[InprocTransport] = []
+        self._closed = False
         with _hub:
             _nodes[self.address] = self
             _hub.notify_all()
@@ -221,6 +222,8 @@ class InprocNode(TransportNode):
 
     def close(self) -> None:
         with _hub:
+            self._closed = True
+            _hub.notify_all()
             _nodes.pop(self.address, None)
             ends, self._opened = [*self._opened, *self._accepted.values()], []
             self._accepted.clear()
@@ -247,7 +250,10 @@ class InprocNode(TransportNode):
         return near
 
     def _wait_until(self, met: Callable[[], bool], peer: int, deadline_s: float, timeout_s: float) -> None:
-        if not _hub.wait_for(met, deadline_s - time.monotonic()):
+        was_met = _hub.wait_for(lambda: self._closed or met(), deadline_s - time.monotonic())
+        if self._closed:
+            raise PeerLost(f"this node was closed before rank {peer} came")
+        if not was_met:
             strangers = f"; refused meanwhile: {'; '.join(self._refused)}" if self._refused else ""
             raise CommTimeout(f"rank {peer} did not come within {timeout_s} s{strangers}", fix="see whether it started")
 

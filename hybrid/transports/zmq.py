@@ -16,7 +16,7 @@ from typing import final
 
 import zmq
 
-from hybrid.errors import CommTimeout, MachineError, ProtocolError
+from hybrid.errors import CommTimeout, MachineError, PeerLost, ProtocolError
 from hybrid.transports.base import DEFAULT_WINDOW_BYTES, Transport, TransportNode
 from hybrid.transports.zmq_edge import ZmqTransport
 from hybrid.transports.zmq_engine import Engine
@@ -57,6 +57,7 @@ class ZmqNode(TransportNode):
         self._context: Context = zmq.Context()
         self._engine = Engine()
         self._edges: list[ZmqTransport] = []
+        self._closed = False
         try:
             self._door = _Door(self._context, self._engine, rank, options)
         except BaseException:
@@ -72,9 +73,17 @@ class ZmqNode(TransportNode):
 
     def open(self, peer: int, address: str, *, timeout_s: float) -> Transport:
         assert peer != self.rank, "an edge joins two ranks"
-        assert not self._context.closed, "this node is closed"
         deadline_s = time.monotonic() + timeout_s
-        edge = self._dial(peer, address, deadline_s) if self.rank < peer else self._await(peer, deadline_s)
+        edge: ZmqTransport | None = None
+        try:
+            if not self._closed:
+                edge = self._dial(peer, address, deadline_s) if self.rank < peer else self._await(peer, deadline_s)
+        except zmq.ZMQError:
+            # A socket of a context that another thread is closing.
+            if not self._closed:
+                raise
+        if edge is None and self._closed:
+            raise PeerLost(f"this node was closed before rank {peer} came")
         if edge is None:
             refused = self.refused
             strangers = f"; refused here: {'; '.join(refused)}" if refused else ""
@@ -87,6 +96,9 @@ class ZmqNode(TransportNode):
 
     def close(self) -> None:
         with self._engine.lock:
+            if self._closed:
+                return
+            self._closed = True
             self._engine.remove(self._door)
             edges, self._edges = [*self._edges, *self._door.edges_of_rank.values()], []
             self._door.close()

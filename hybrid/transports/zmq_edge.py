@@ -65,7 +65,6 @@ class ZmqTransport(Transport):
         self._frame_bytes = self._copy_below_bytes = 0
         # Sending.
         self._outbox: deque[_Sending] = deque()
-        self._in_flight: list[_Sending] = []
         self._next_out = self._credit_bytes = 0
         # Receiving. `_held_bytes` waits for receives, `_owed_bytes` is taken but not yet credited.
         self._matcher = Matcher()
@@ -165,27 +164,23 @@ class ZmqTransport(Transport):
         """Hand ZeroMQ what the credits allow."""
         while self._outbox:
             sending = self._outbox[0]
-            part = sending.next_part
-            if part is not None:
-                if part.weight > self._credit_bytes:
+            if sending.next_part is not None:
+                weight = sending.next_part.weight
+                if weight > self._credit_bytes:
                     return
-                self._credit_bytes -= part.weight
+                self._readable = True  # sending may swallow the signal that something has come in
                 if not sending.hand_over(self._socket):
                     self._gone = self._gone or self._lost()
                     return
-                self._readable = True
+                self._credit_bytes -= weight
             if sending.next_part is None:
                 self._outbox.popleft()
-                self._in_flight = [flight for flight in self._in_flight if not flight.released(0.0)]
-                if not sending.released(0.0):
-                    self._in_flight.append(sending)
 
     def _say(self, record: Attach | Credit) -> None:
         try:
             self._socket.send(encode_header(record), _NOW)
         except zmq.Again:
             self._gone = self._gone or self._lost()
-        # Sending may swallow the signal that something has come in.
         self._readable = True
 
     def _say_goodbye(self) -> zmq.MessageTracker | None:
@@ -338,8 +333,9 @@ class ZmqTransport(Transport):
         if self.failure is not None:
             return
         self.failure = failure
-        for sending in (*self._outbox, *self._in_flight):
-            sending.fail(failure)
+        # What ZeroMQ has taken whole is sent: its wait ends well once its buffers are let go of.
+        for sending in self._outbox:
+            sending.failure = failure
         self._outbox.clear()
         if self._arriving is not None:
             self._matcher.forget(self._arriving)
@@ -400,11 +396,6 @@ class _Sending(Pending):
             with contextlib.suppress(zmq.NotDone):
                 tracker.wait(timeout_s)
         return tracker.done
-
-    def fail(self, failure: CommError) -> None:
-        """End with `failure`; what has ended does not end again."""
-        if not self._ended():
-            self.failure = failure
 
     def done(self) -> bool:
         if not self._ended():

@@ -256,8 +256,10 @@ def test_a_peer_that_stands_still_without_closing_is_lost() -> None:
         with pytest.raises(CommTimeout):
             never.wait(1.0)  # heartbeats keep an idle edge alive for longer than `lost_after_s`
         os.kill(child.pid, signal.SIGSTOP)
+        taken = edge.send("taken", [bytes(20 << 20)])
         with pytest.raises(PeerLost):
             never.wait(5.0)
+        taken.wait(5.0)  # ZeroMQ had all of it, and has let go of the buffer
     finally:
         child.kill()
         child.join()
@@ -321,6 +323,19 @@ def test_what_was_sent_right_before_a_close_arrives_though_the_receiver_looks_la
             for tag, target in zip(("large", "small"), targets, strict=True):
                 stayer.recv(tag, [target]).wait(5.0)
             assert targets == (large, b"last")
+
+
+def test_a_send_that_was_received_ends_well_though_the_peer_has_closed_since() -> None:
+    large = bytes(2 << 20)
+    rig = Rig(open_node=partial(open_node, "zmq-ipc"), window_bytes=64 << 20)
+    for _ in range(10):
+        with rig.open_pair() as (low, high):
+            sent = low.send("large", [large])
+            high.recv("large", [memoryview(bytearray(len(large)))]).wait(5.0)
+            high.close()
+            with pytest.raises(PeerLost):
+                low.recv("never", []).wait(5.0)
+            sent.wait(5.0)
 
 
 def test_a_close_with_a_silent_peer_ends_in_time() -> None:
