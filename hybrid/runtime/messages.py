@@ -6,13 +6,12 @@ Nothing is unpickled. No message carries a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeAlias
 
-from hybrid.wire import pack, unpack
-
 from hybrid.errors import ProtocolError
+from hybrid.wire import pack, unpack
 
 CONTROL_VERSION = 1
 MAX_CONTROL_BYTES = 4 * 2**20
@@ -174,15 +173,18 @@ _TYPES: Mapping[str, type[Any]] = {
         Shutdown,
     )
 }
-_CHECKS: Mapping[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "bytes": (bytes,),
-    "bool": (bool,),
-    "float | None": (int, float, type(None)),
-    "Mapping[str, str]": (dict,),
-    "Mapping[str, tuple[int, str]]": (dict,),
+_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    # True is an int to Python, and no rank.
+    "int": lambda x: type(x) is int,
+    "float": lambda x: type(x) in (int, float),
+    "str": lambda x: type(x) is str,
+    "bytes": lambda x: type(x) is bytes,
+    "bool": lambda x: type(x) is bool,
+    "float | None": lambda x: x is None or type(x) in (int, float),
+    "Mapping[str, str]": lambda x: type(x) is dict and all(type(v) is str for v in x.values()),
+    "Mapping[str, tuple[int, str]]": lambda x: (
+        type(x) is dict and all(type(v) is tuple and tuple(map(type, v)) == (int, str) for v in x.values())
+    ),
 }
 
 
@@ -200,10 +202,11 @@ def decode(data: bytes) -> Message:
     raw = unpack(data, max_bytes=MAX_CONTROL_BYTES)
     if not isinstance(raw, dict):
         raise ProtocolError("control message is no map", value=type(raw).__name__)
-    if raw.get("v") != CONTROL_VERSION:
+    version = raw.get("v")
+    if type(version) is not int or version != CONTROL_VERSION:
         raise ProtocolError(
             "control message of another version",
-            value=raw.get("v"),
+            value=str(version)[:80],
             valid=[CONTROL_VERSION],
             fix="run the same release on every node",
         )
@@ -214,9 +217,9 @@ def decode(data: bytes) -> Message:
     values = {key: value for key, value in raw.items() if key not in ("v", "t")}
     wanted = {field.name: str(field.type) for field in fields(cls)}
     if values.keys() != wanted.keys():
-        raise ProtocolError(f"{kind} has the wrong fields", value=sorted(map(str, values)), valid=wanted)
+        raise ProtocolError(f"{kind} has the wrong fields", value=sorted(values)[:20], valid=wanted)
     for name, type_name in wanted.items():
-        if not isinstance(values[name], _CHECKS[type_name]):
+        if not _CHECKS[type_name](values[name]):
             raise ProtocolError(f"{kind}.{name} is not {type_name}", value=str(values[name])[:80])
     message: Message = cls(**values)
     return message
