@@ -10,13 +10,13 @@ import contextlib
 import hmac
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import final
 
 import zmq
 
-from hybrid.errors import CommError, CommTimeout, PeerLost, ProtocolError
+from hybrid.errors import CommError, PeerLost, ProtocolError
 from hybrid.transports.base import (
     MESSAGE_OVERHEAD_BYTES,
     MIN_WINDOW_BYTES,
@@ -29,15 +29,12 @@ from hybrid.transports.base import (
     sizes_of,
 )
 from hybrid.transports.zmq_engine import Engine
-from hybrid.transports.zmq_message import Arriving, Matcher, Part, Posted, parts_of
+from hybrid.transports.zmq_message import Arriving, Matcher, Posted, parts_of
+from hybrid.transports.zmq_pending import NOW, NOW_AND_MORE, TRACKER_SLICE_S, ZmqReceiving, ZmqSending
 from hybrid.transports.zmq_socket import Monitor, Socket, ZmqOptions, fd_of
 from hybrid.wire import Attach, Chunk, Credit, Goodbye, MessageHeader, decode_header, encode_header
 
-# As plain numbers: pyzmq's flags are enums, and joining two costs as much as sending a message.
-_NOW, _MORE, _RCVMORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.RCVMORE)
-_TRACKER_SLICE_S = 0.02
-"""How often a wait for the kernel to take a buffer looks at the rest of the node."""
-
+_RCVMORE = int(zmq.RCVMORE)
 _FAREWELL = bytes(16 << 10)
 """Rides along with a goodbye. Twice libzmq's write buffer: so long a frame is let go of only when the kernel has it."""
 
@@ -64,7 +61,7 @@ class ZmqTransport(Transport):
         self._readable = self._monitor_readable = True
         self._frame_bytes = self._copy_below_bytes = 0
         # Sending.
-        self._outbox: deque[_Sending] = deque()
+        self._outbox: deque[ZmqSending] = deque()
         self._next_out = self._credit_bytes = 0
         # Receiving. `_held_bytes` waits for receives, `_owed_bytes` is taken but not yet credited.
         self._matcher = Matcher()
@@ -83,7 +80,9 @@ class ZmqTransport(Transport):
             if self.failure is not None:
                 raise copy(self.failure)
             header = MessageHeader(self._next_out, tag, sizes_of(views), self._frame_bytes)
-            sending = _Sending(self, tag, parts_of(header, views, copy_below_bytes=self._copy_below_bytes))
+            sending = ZmqSending(
+                self._engine, self.peer, tag, parts_of(header, views, copy_below_bytes=self._copy_below_bytes)
+            )
             self._next_out += 1
             self._outbox.append(sending)
             self._pump()
@@ -102,7 +101,7 @@ class ZmqTransport(Transport):
                 self._engine.moved()
             if self.failure is not None:
                 self._forget_posted(self.failure)
-        return _Receiving(self, posted)
+        return ZmqReceiving(self._engine, self.peer, posted)
 
     def close(self) -> None:
         farewell = None
@@ -118,7 +117,7 @@ class ZmqTransport(Transport):
         deadline_s = time.monotonic() + self._options.linger_s
         while not farewell.done and time.monotonic() < deadline_s:
             with contextlib.suppress(zmq.NotDone):
-                farewell.wait(_TRACKER_SLICE_S)
+                farewell.wait(TRACKER_SLICE_S)
             with self._engine.lock:
                 if self._connection_has_ended():
                     break
@@ -128,10 +127,6 @@ class ZmqTransport(Transport):
     def abandon(self) -> None:
         """Drop an edge that nobody has opened yet; call under the engine's lock."""
         self._fail(PeerLost(f"rank {self.peer} knocked anew"))
-
-    def wait_until(self, met: Callable[[], bool], timeout_s: float) -> bool:
-        """Move the node on until `met`; return whether it was met in time."""
-        return self._engine.wait_until(met, timeout_s)
 
     # What the engine calls ------------------------------------------------------------------------------
 
@@ -178,7 +173,7 @@ class ZmqTransport(Transport):
 
     def _say(self, record: Attach | Credit) -> None:
         try:
-            self._socket.send(encode_header(record), _NOW)
+            self._socket.send(encode_header(record), NOW)
         except zmq.Again:
             self._gone = self._gone or self._lost()
         self._readable = True
@@ -188,8 +183,8 @@ class ZmqTransport(Transport):
         if not self.met or self._gone is not None:
             return None
         try:
-            self._socket.send(encode_header(Goodbye()), _MORE)
-            return self._socket.send(_FAREWELL, _NOW, copy=False, track=True)
+            self._socket.send(encode_header(Goodbye()), NOW_AND_MORE)
+            return self._socket.send(_FAREWELL, NOW, copy=False, track=True)
         except zmq.Again:
             return None
 
@@ -199,9 +194,9 @@ class ZmqTransport(Transport):
         """Take one ZeroMQ message; return whether there was one."""
         try:
             if not self.met:
-                self._meet(self._socket.recv(_NOW, copy=False))
+                self._meet(self._socket.recv(NOW, copy=False))
                 return True
-            record = decode_header(self._socket.recv(_NOW))
+            record = decode_header(self._socket.recv(NOW))
         except zmq.Again:
             self._readable = False
             return False
@@ -221,7 +216,7 @@ class ZmqTransport(Transport):
                 self._pump()
             case Goodbye():
                 if more:
-                    self._socket.recv(_NOW)
+                    self._socket.recv(NOW)
                 self._gone = PeerLost(f"rank {self.peer} has closed the edge", fix="rebuild the edge or the group")
             case _:
                 raise ProtocolError(f"rank {self.peer} sent a {type(record).__name__} that has no place here")
@@ -266,14 +261,14 @@ class ZmqTransport(Transport):
         if size_bytes:
             place = message.place_for(size_bytes)
             if place is not None:
-                got = self._socket.recv_into(place, flags=_NOW)
+                got = self._socket.recv_into(place, flags=NOW)
             elif size_bytes <= self._options.copy_below_bytes:
                 # Small frames share ZeroMQ's read buffer: held as they are, each would keep all of it.
-                small = self._socket.recv(_NOW)
+                small = self._socket.recv(NOW)
                 got = len(small)
                 message.put(small)
             else:
-                large = self._socket.recv(_NOW, copy=False)
+                large = self._socket.recv(NOW, copy=False)
                 got = len(large)
                 message.put(large.buffer)
             if got != size_bytes:
@@ -355,96 +350,3 @@ class ZmqTransport(Transport):
         if not self._socket.closed:
             self._monitor.close()
             self._socket.close()
-
-
-@final
-class _Sending(Pending):
-    """A message on its way out: parts not yet handed to ZeroMQ, then buffers that it still reads."""
-
-    def __init__(self, edge: ZmqTransport, tag: str, parts: Iterator[Part]) -> None:
-        self.failure: CommError | None = None
-        self._edge, self._tag, self._parts = edge, tag, parts
-        self.next_part: Part | None = next(parts)
-        self._tracker: zmq.MessageTracker | None = None
-
-    def hand_over(self, socket: Socket) -> bool:
-        """Hand the next part to ZeroMQ; return whether it took it."""
-        part = self.next_part
-        assert part is not None
-        following = next(self._parts, None)
-        try:
-            if part.payload is None:
-                socket.send(part.head, _NOW)
-            else:
-                socket.send(part.head, _MORE)
-                if part.in_place:
-                    last = following is None
-                    self._tracker = socket.send(part.payload, _NOW, copy=False, track=last)
-                else:
-                    socket.send(part.payload, _NOW)
-        except zmq.Again:
-            return False
-        self.next_part = following
-        return True
-
-    def released(self, timeout_s: float) -> bool:
-        """Return whether ZeroMQ has let go of the buffers, waiting up to `timeout_s`."""
-        tracker = self._tracker
-        if tracker is None or tracker.done:
-            return True
-        if timeout_s > 0:
-            with contextlib.suppress(zmq.NotDone):
-                tracker.wait(timeout_s)
-        return tracker.done
-
-    def done(self) -> bool:
-        if not self._ended():
-            self._edge.wait_until(self._ended, 0.0)
-        return self._ended()
-
-    def wait(self, timeout_s: float) -> None:
-        if self.next_part is None and self.failure is None and self.released(0.0):
-            return
-        deadline_s = time.monotonic() + timeout_s
-        handed_over = self._edge.wait_until(lambda: self.next_part is None or self.failure is not None, timeout_s)
-        while handed_over and not self._ended():
-            remaining_s = deadline_s - time.monotonic()
-            if remaining_s <= 0:
-                break
-            self.released(min(remaining_s, _TRACKER_SLICE_S))
-            self._edge.wait_until(self._ended, 0.0)
-        if not self._ended():
-            raise CommTimeout(
-                f"rank {self._edge.peer} did not take the message {self._tag!r} for {timeout_s} s",
-                fix="see whether it still runs",
-            )
-        if self.failure is not None:
-            raise copy(self.failure)
-
-    def _ended(self) -> bool:
-        return self.failure is not None or (self.next_part is None and self.released(0.0))
-
-
-@final
-class _Receiving(Pending):
-    """A posted receive."""
-
-    def __init__(self, edge: ZmqTransport, posted: Posted) -> None:
-        self._edge, self._posted = edge, posted
-
-    def done(self) -> bool:
-        if not self._posted.ended:
-            self._edge.wait_until(self._ended, 0.0)
-        return self._posted.ended
-
-    def wait(self, timeout_s: float) -> None:
-        if not self._posted.ended and not self._edge.wait_until(self._ended, timeout_s):
-            raise CommTimeout(
-                f"rank {self._edge.peer} was silent for {timeout_s} s over tag {self._posted.tag!r}",
-                fix="see whether it still runs",
-            )
-        if self._posted.failure is not None:
-            raise copy(self._posted.failure)
-
-    def _ended(self) -> bool:
-        return self._posted.ended
