@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from hybrid.errors import CommTimeout, ProtocolError
-from hybrid.testing.transport_life_clauses import close, loss_is_told, meets, strangers, threads
+from hybrid.testing.transport_life_clauses import close, leaves, loss_is_told, meets, strangers, threads
 from hybrid.testing.transport_rig import (
     Broken,
     Landing,
@@ -307,5 +307,6 @@ CHECK_OF_CLAUSE: dict[str, Callable[[Rig], None]] = {
     "threads": threads,
     "meets": meets,
     "strangers": strangers,
+    "leaves": leaves,
 }
 """By name, in the contract's order."""

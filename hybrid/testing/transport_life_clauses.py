@@ -225,3 +225,29 @@ def strangers(rig: Rig) -> None:
             transfer(rig, landed[0], landed[1], "honest", [b"welcome"])
         finally:
             stranger.close()
+
+
+def leaves(rig: Rig) -> None:
+    """Check that closing a node, from two threads at once, ends the opens under way."""
+    gone = rig.node(2)
+    gone.close()
+    with rig.open_nodes(2) as (low, high):
+        outcomes: list[str] = []
+
+        def open_in_vain(peer: int, address: str) -> None:
+            try:
+                high.open(peer, address, timeout_s=6 * rig.patience_s)
+                outcomes.append("an edge to nobody")
+            except PeerLost:
+                outcomes.append("PeerLost")
+
+        absent = ((0, low.address), (2, gone.address))
+        opening = [threading.Thread(target=open_in_vain, args=peer, daemon=True) for peer in absent]
+        for thread in opening:
+            thread.start()
+        threading.Event().wait(0.05)  # for both to be inside their opens; the clause holds if they are not, too
+        at_once(rig, high.close, high.close)
+        for thread in opening:
+            thread.join(rig.patience_s)
+        demand(not any(thread.is_alive() for thread in opening), "an open went on after its node was closed")
+        demand(outcomes == ["PeerLost"] * 2, f"closing a node ended two opens with {outcomes}")

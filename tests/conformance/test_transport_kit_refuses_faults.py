@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 
+from hybrid.errors import CommTimeout
 from hybrid.testing.faulty_transport import CLAUSE_OF_FAULT, LEAKED_FDS, Fault, FaultyTransport
 from hybrid.testing.transport_kit import CLAUSES, ClauseBroken, TransportKit
 from hybrid.transports import Transport, TransportNode, open_node
@@ -81,6 +82,7 @@ def test_a_transport_that_hangs_is_refused() -> None:
 
         def recv(self, tag: str, into: object) -> None:
             threading.Event().wait(30)
+            raise CommTimeout("the thread that hung has gone on at last")
 
     kit = TransportKit(
         partial(open_node, "inproc"),
@@ -94,4 +96,4 @@ def test_a_transport_that_hangs_is_refused() -> None:
 
 
 def test_every_clause_about_messages_has_a_planted_fault() -> None:
-    assert set(CLAUSES) - set(CLAUSE_OF_FAULT.values()) == {"threads", "meets", "strangers"}
+    assert set(CLAUSES) - set(CLAUSE_OF_FAULT.values()) == {"threads", "meets", "strangers", "leaves"}
