@@ -72,6 +72,10 @@ def all_of(*sinks: Sink) -> Sink:
     return sink
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace what JSON cannot hold: a NaN becomes null."""
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+def _plain(value: Any) -> Any:
+    """Replace what JSON cannot hold, at any depth: a NaN becomes null."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -36,14 +36,21 @@ def time_scale(
     if wanted != "auto":
         return wanted
     least = max(
-        max(
-            forward_s_of_rank[stage.rank] / stage.forward_s,
-            backward_s_of_rank[stage.rank] / stage.backward_s,
-        )
-        / _SHARE_OF_ACTION
-        for stage in emulated
+        (
+            cpu_s / paced_s / _SHARE_OF_ACTION
+            for stage in emulated
+            for cpu_s, paced_s in (
+                (forward_s_of_rank[stage.rank], stage.forward_s),
+                (backward_s_of_rank[stage.rank], stage.backward_s),
+            )
+            # An edited plan may say that an action takes no time: nothing paces it.
+            if paced_s > 0
+        ),
+        default=0.0,
     )
     slowest_s = max(stage.forward_s + stage.backward_s for stage in emulated)
+    if slowest_s == 0:
+        return 0.0
     total_s = sum(forward_s_of_rank) + sum(backward_s_of_rank)
     crowded = total_s / num_cores / _SHARE_OF_CORES / slowest_s
     return _round_up(max(least, crowded))
@@ -51,6 +58,8 @@ def time_scale(
 
 def _round_up(value: float) -> float:
     """Round up to two significant digits."""
-    digits = f"{value:.1e}"
-    rounded = float(digits)
-    return rounded if rounded >= value else rounded + float("0.1e" + digits.partition("e")[2])
+    rounded = float(f"{value:.1e}")
+    if rounded >= value:
+        return rounded
+    step = float("0.1e" + f"{value:.1e}".partition("e")[2])
+    return float(f"{rounded + step:.1e}")
