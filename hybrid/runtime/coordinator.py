@@ -17,7 +17,7 @@ import zmq.asyncio
 from hybrid.errors import HybridError, MachineError, ProtocolError
 from hybrid.observe.events import Sink
 from hybrid.runtime.ledger import Commit, Effect, Emit, End, Ledger, Send
-from hybrid.runtime.messages import MAX_CONTROL_BYTES, Alive, ControlAddress, Hello, Message, decode, encode
+from hybrid.runtime.messages import MAX_CONTROL_BYTES, Abort, Alive, ControlAddress, Hello, Message, decode, encode
 
 CommitHandler = Callable[[Commit], None]
 
@@ -106,6 +106,21 @@ class Coordinator:
         """Send to every rank that has joined; a rank that is gone is skipped."""
         for rank in list(self._identity_of_rank):
             await self._send(rank, message)
+
+    async def abort_all(self, reason: str, *, num_ranks: int, timeout_s: float) -> None:
+        """Abort every rank, also those that have yet to say hello, which are waited for up to `timeout_s`."""
+        message = Abort(reason=reason)
+        await self.broadcast(message)
+        deadline_s = time.monotonic() + timeout_s
+        while len(self._identity_of_rank) < num_ranks and (left_s := deadline_s - time.monotonic()) > 0:
+            try:
+                identity, data = await asyncio.wait_for(self._socket.recv_multipart(), left_s)
+                hello = decode(data)
+            except (TimeoutError, ProtocolError, ValueError):
+                continue
+            if isinstance(hello, Hello) and hello.token == self.address.token:
+                self._identity_of_rank[hello.rank] = identity
+                await self._send(hello.rank, message)
 
     def close(self) -> None:
         """Close the socket; idempotent."""

@@ -27,7 +27,7 @@ from hybrid.observe.events import Event, PhaseEvent, Sink, StepEvent
 from hybrid.observe.metrics import MetricsFile, Tally, all_of
 from hybrid.runtime import checkpoint
 from hybrid.runtime.ledger import Commit, Ledger
-from hybrid.runtime.messages import Abort, Ready
+from hybrid.runtime.messages import Ready
 from hybrid.runtime.pace import time_scale
 from hybrid.runtime.placement import Placement, WorkerSpec
 from hybrid.runtime.preflight import check_folder, check_memory, check_port, check_resume
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from hybrid.runtime.coordinator import Coordinator
 
 _TICK_S = 0.5
+_LATE_HELLO_S = 5.0
+"""How long a worker that is still starting is waited for when its job has ended already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +252,9 @@ async def _coordinate(
         ended_well = True
     finally:
         if not ended_well:
-            await coordinator.broadcast(Abort(reason="the driver is ending the job"))
+            # A process is ended by its placement; a thread ends only when it is told.
+            late_s = 0.0 if placement.owns_process else _LATE_HELLO_S
+            await coordinator.abort_all("the driver is ending the job", num_ranks=len(specs), timeout_s=late_s)
     return summarise(
         job,
         run,

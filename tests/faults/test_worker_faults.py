@@ -73,6 +73,7 @@ def _on_rank(rank: int, function: Callable[..., Any], *, nth_call: int = 1) -> C
 
 
 PLACES: dict[str, tuple[object, str, int]] = {
+    "opening its node": (worker, "open_node", 1),
     "building the stage": (worker, "build_stage", 1),
     "warming up": (worker, "warm_up", 1),
     "a forward of the second step": (StageCompute, "forward", 3 + 1 + 4 + 2),
