@@ -18,7 +18,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype)
     gates, ups, outs = gate.reshape(-1), up.reshape(-1), out.view(-1)
     for tile in tiles(len(gates)):
-        outs[tile] = F.silu(wide(gates[tile])).mul_(ups[tile])
+        # Widened first: an operation on two formats at once is many times slower than a cast and one on one.
+        outs[tile] = F.silu(wide(gates[tile])).mul_(wide(ups[tile]))
     return out
 
 
@@ -29,10 +30,6 @@ def swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, T
     grad_gates, grad_ups = grad_gate.view(-1), grad_up.view(-1)
     for tile in tiles(len(gates)):
         gate_wide, grad_wide = wide(gates[tile]), wide(grads[tile])
-        sigmoid = torch.sigmoid(gate_wide)
-        silu = gate_wide * sigmoid
-        grad_ups[tile] = grad_wide * silu
-        # sigmoid * (1 + gate * (1 - sigmoid)) = sigmoid + silu * (1 - sigmoid)
-        slope = torch.addcmul(sigmoid, silu, 1.0 - sigmoid)
-        grad_gates[tile] = slope.mul_(grad_wide).mul_(ups[tile])
+        grad_ups[tile] = F.silu(gate_wide).mul_(grad_wide)
+        grad_gates[tile] = torch.ops.aten.silu_backward(grad_wide * wide(ups[tile]), gate_wide)
     return grad_gate, grad_up
