@@ -162,8 +162,8 @@ class IslandConfig(_Frozen):
     count: Annotated[Count, Field(gt=0, le=1_000_000)] = 1
     """How many of `device`."""
     site: str = "local"
-    backend: Literal["auto", "cpu", "emulated"] = "auto"
-    """`auto`: `cpu` for the chip `cpu`, `emulated` for every other chip."""
+    backend: Literal["auto", "cpu", "emulated", "cuda", "neuron"] = "auto"
+    """`auto`: `cpu` for the chip `cpu`, `emulated` for every other; discovery names the backend of a device it saw."""
     memory_bytes: Positive | None = None
     """Overrides the catalog's memory of one chip."""
     speed: Annotated[Real, Field(gt=0)] = 1.0
@@ -227,6 +227,14 @@ class RuntimeConfig(_Frozen):
     """The longest silence of a peer that is waited out."""
     heartbeat_s: Annotated[Real, Field(gt=0)] = 1.0
     placement_timeout_s: Annotated[Real, Field(gt=0)] = 60.0
+    compile: bool = False
+    """Run stages through torch.compile on `cuda` and `neuron`, ahead of the first step."""
+    compile_timeout_s: Annotated[Real, Field(gt=0)] = 1800.0
+    """The longest that all ranks' compilations may take."""
+    compile_cache: Path | None = None
+    """Folder of compiled graphs, on each node; None leaves the vendor's default."""
+    stochastic_rounding: bool = False
+    """On Trainium, round bf16 by chance, seeded by the job's seed."""
     coordinator_port: Annotated[Count, Field(ge=0, lt=65536)] = 0
     """0 takes a free port."""
 
@@ -342,6 +350,11 @@ def dump_job(job: JobConfig) -> str:
 def environment(name: str, default: str | None = None) -> str | None:
     """Return an environment variable; nothing else in the package reads the environment."""
     return os.environ.get(name, default)
+
+
+def set_environment(variables: Mapping[str, str]) -> None:
+    """Set variables of this process's environment, for libraries that read them when they are first imported."""
+    os.environ.update(variables)
 
 
 def cache_dir() -> Path:

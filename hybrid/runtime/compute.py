@@ -47,6 +47,9 @@ class StageCompute:
         self.is_first, self.is_last = stage.is_first, stage.is_last
         self.saved_bytes = saved_bytes
         self._precision = precision
+        # Two graphs: a step's forward keeps what the backward needs, an evaluation's keeps nothing.
+        self._run = backend.compile(stage)
+        self._run_without_grad = backend.compile(stage)
         self._num_microbatches = num_microbatches
         self._held: dict[int, _Held] = {}
         self._losses: dict[int, Tensor] = {}
@@ -59,8 +62,8 @@ class StageCompute:
         """Run the forward and hold what the backward needs.
 
         Args:
-            x: token ids on the first stage, else the activation of the stage before.
-            targets: next-token ids; the last stage needs them.
+            x: token ids on the first stage, else the activation of the stage before, on the device.
+            targets: next-token ids, on the host or the device; the last stage needs them.
 
         Shapes:
             x: (B, T) int64 or (B, T, H).  targets: (B, T) int64.  returns: (B, T, H), None on the last stage.
@@ -70,7 +73,7 @@ class StageCompute:
         """
         self.backend.allocate(self.saved_bytes, f"activations of microbatch {microbatch}")
         leaf = None if self.is_first else x.detach().requires_grad_()
-        out: Tensor = self.stage(x if leaf is None else leaf)
+        out: Tensor = self._run(x if leaf is None else leaf)
         if not self.is_last:
             self._held[microbatch] = _Held(leaf, out)
             return out.detach()
@@ -97,7 +100,7 @@ class StageCompute:
     @torch.no_grad()
     def evaluate(self, x: Tensor, targets: Tensor | None) -> Tensor:
         """Return the activation, or on the last stage the microbatch's mean loss, holding nothing."""
-        out: Tensor = self.stage(x)
+        out: Tensor = self._run_without_grad(x)
         if not self.is_last:
             return out
         assert targets is not None, "the last stage needs targets"

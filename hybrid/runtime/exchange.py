@@ -38,14 +38,14 @@ def add_tied_gradients(stage: Stage, edges: Mapping[int, Transport], *, step: in
     # Of all edges only first and last stage share this one; it is the one to the highest or to rank 0.
     edge = edges[max(edges)] if embedding is not None else edges[0]
     tag = f"{step}/tied"
-    mine = _grad(own).contiguous()
+    mine = _grad(own).to("cpu").contiguous()
     other = torch.empty_like(mine)
     receiving = edge.recv(tag, [host_bytes(other)])
     sending = edge.send(tag, [host_bytes(mine)])
     receiving.wait(timeout_s)
     sending.wait(timeout_s)
     # Addition of two numbers commutes bit for bit, so the order is the same on both ends.
-    _grad(own).add_(other)
+    _grad(own).add_(other.to(own.device))
 
 
 def _grad(parameter: Tensor) -> Tensor:

@@ -87,11 +87,11 @@ class Interpreter:
         self._actions = schedule.actions_of_rank[rank]
         self._rank_of_stage = schedule.rank_of_stage
         self._compute = compute_of_stage
+        self._backend = next(iter(compute_of_stage.values())).backend
         self._edges = edge_of_rank
         self._shape, self._dtype = shape, dtype
         self._seconds_of = seconds_of
         self._timeout_s = timeout_s
-        self._free: list[Tensor] = []
         self._inputs: dict[tuple[int, int], Tensor] = {}
         self._posted: dict[tuple[Kind, int, int], _Posted] = {}
         self._local: dict[tuple[Kind, int, int], Tensor] = {}
@@ -110,8 +110,10 @@ class Interpreter:
             for action in self._actions:
                 self._do(action, step, batch, record)
         # Sends of the step before have had a whole step to leave; these must have.
-        for pending, _ in earlier:
+        for pending, sent in earlier:
             pending.wait(self._timeout_s)
+            if not self._backend.is_host:
+                self._backend.recycle(sent)
         record.end_s = time.monotonic()
         return record
 
@@ -131,7 +133,7 @@ class Interpreter:
     def _post(self, action: Action, step: int) -> None:
         source = action.stage - 1 if action.kind is Kind.RECV_F else action.stage + 1
         kind = Kind.F if action.kind is Kind.RECV_F else Kind.B
-        buffer = self._free.pop() if self._free else torch.empty(self._shape, dtype=self._dtype)
+        buffer = self._backend.host_buffer(self._shape, self._dtype)
         peer = self._rank_of_stage[source]
         stamp = bytearray(STAMP_BYTES) if peer in self._links else None
         into = [host_bytes(buffer)] if stamp is None else [host_bytes(buffer), memoryview(stamp)]
@@ -182,9 +184,11 @@ class Interpreter:
             expected_s=self._seconds_of(action),
             ready_s=ready_s,
         )
+        # Where the device works on after `execute` has returned, the copy waits for it: it belongs to the action.
+        landed = None if out is None else self._landed(out)
         record.spans.append(Span(action=action, start_s=start_s, end_s=time.monotonic()))
-        if out is not None:
-            self._local[(Kind.F, action.stage + 1, action.microbatch)] = backend.to_host(out)
+        if landed is not None:
+            self._local[(Kind.F, action.stage + 1, action.microbatch)] = landed
 
     def _backward(self, action: Action, record: StepRecord) -> None:
         compute = self._compute[action.stage]
@@ -199,14 +203,21 @@ class Interpreter:
             expected_s=self._seconds_of(action),
             ready_s=ready_s,
         )
+        landed = None if out is None else self._landed(out)
         record.spans.append(Span(action=action, start_s=start_s, end_s=time.monotonic()))
-        if out is not None:
-            self._local[(Kind.B, action.stage - 1, action.microbatch)] = backend.to_host(out)
+        if landed is not None:
+            self._local[(Kind.B, action.stage - 1, action.microbatch)] = landed
         if grad is not None and self._rank_of_stage[action.stage + 1] != self._rank_of_stage[action.stage]:
-            self._free.append(grad)
+            backend.recycle(grad)
         x = self._inputs.pop((action.stage, action.microbatch), None)
         if x is not None and self._rank_of_stage[action.stage - 1] != self._rank_of_stage[action.stage]:
-            self._free.append(x)
+            backend.recycle(x)
+
+    def _landed(self, out: Tensor) -> Tensor:
+        """Return an action's result on the host, in a buffer that has been used before where it had to be copied."""
+        if self._backend.is_host:
+            return self._backend.to_host(out)
+        return self._backend.to_host(out, into=self._backend.host_buffer(self._shape, self._dtype))
 
 
 def _tag(kind: Kind, receiver: Action, step: int) -> str:

@@ -16,6 +16,7 @@ from hybrid.observe.events import CheckpointEvent, EvalEvent, Event, PhaseEvent,
 from hybrid.runtime.messages import (
     Abort,
     CheckpointPart,
+    Compiled,
     EvalReport,
     Fault,
     Finished,
@@ -136,6 +137,9 @@ class Ledger:
                         Emit(event=PhaseEvent(name="stages built and warm", since_start_s=now_s - self.started_s)),
                         Send(rank=None, message=Start(time_scale=scale)),
                     ]
+            case Compiled():
+                told = f"rank {rank} compiled {message.name} ({message.done} of {message.total})"
+                return [Emit(event=PhaseEvent(name=told, since_start_s=now_s - self.started_s))]
             case StepReport():
                 return self._on_step(message, now_s)
             case EvalReport():

@@ -48,6 +48,17 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """Worker: one of my functions is compiled, `done` of `total` are."""
+
+    rank: int
+    name: str
+    done: int
+    total: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
     """Worker: I live."""
 
@@ -143,6 +154,7 @@ class Shutdown:
 Message: TypeAlias = (
     Hello
     | Ready
+    | Compiled
     | Heartbeat
     | StepReport
     | EvalReport
@@ -160,6 +172,7 @@ _TYPES: Mapping[str, type[Any]] = {
     for cls in (
         Hello,
         Ready,
+        Compiled,
         Heartbeat,
         StepReport,
         EvalReport,

@@ -48,7 +48,7 @@ class StageState:
             names = names_of_layer(self._stage, index)
             weights = {name: state[name].detach().cpu() for name in names}
             files[checkpoint.layer_file(index)] = checkpoint.write_layer(
-                folder, index, weights, {name: moments[name] for name in names}
+                folder, index, weights, {name: {key: x.cpu() for key, x in moments[name].items()} for name in names}
             )
         return files
 

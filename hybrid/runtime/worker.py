@@ -18,7 +18,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hybrid.backends import open_backend
+from hybrid.backends import BackendOptions, open_backend
+from hybrid.backends.ahead import compile_ahead
 from hybrid.backends.emulated import EmulatedBackend
 from hybrid.config import JobConfig
 from hybrid.errors import CommError, DataError, HybridError, PeerLost, TrainingDiverged
@@ -41,6 +42,7 @@ from hybrid.runtime.exchange import add_tied_gradients, share_squares
 from hybrid.runtime.interpreter import Batch, Interpreter, StepRecord, host_bytes
 from hybrid.runtime.messages import (
     CheckpointPart,
+    Compiled,
     EvalReport,
     Fault,
     Finished,
@@ -54,7 +56,7 @@ from hybrid.runtime.messages import (
 from hybrid.runtime.optimizer import AdamW, global_norm, learning_rate
 from hybrid.runtime.placement import WorkerSpec
 from hybrid.runtime.stage_state import StageState, is_due, squares_of_layers
-from hybrid.runtime.warmup import warm_up
+from hybrid.runtime.warmup import first_calls_of, warm_up
 from hybrid.scheduler.lowering import lower_communication
 from hybrid.transports import open_node
 from hybrid.transports.base import Transport, TransportNode
@@ -111,7 +113,9 @@ class Worker:
         self._job, self._plan = spec.job, spec.plan
         self._stage_plan = spec.plan.stages[spec.rank]
         self._timeout_s = self._job.runtime.timeout_s
-        self._backend = open_backend(self._stage_plan.backend, capabilities_of(spec.chip, spec.memory_bytes))
+        options = BackendOptions(compile=self._job.runtime.compile)
+        capabilities = capabilities_of(spec.chip, spec.memory_bytes)
+        self._backend = open_backend(self._stage_plan.backend, capabilities, options)
         self._edges: dict[int, Transport] = {}
         self._tokens: TokenData = _tokens_of(spec)
 
@@ -125,6 +129,7 @@ class Worker:
         first_step = 0 if spec.resume is None else self._state.load(spec.resume)
         welcome = cast(Welcome, self._control.await_order(Welcome, timeout_s=job.runtime.placement_timeout_s))
         self._open_edges(welcome.address_of_rank)
+        self._compile()
         forward_s, backward_s = warm_up(self._compute, job.batch.microbatch, job.precision)
         self._links = self._emulated_links()
         self._interpreter = self._build_interpreter()
@@ -138,7 +143,7 @@ class Worker:
         )
         start = cast(
             Start,
-            self._control.await_order(Start, timeout_s=job.runtime.placement_timeout_s + self._timeout_s),
+            self._control.await_order(Start, timeout_s=_patience_s(job)),
         )
         if isinstance(self._backend, EmulatedBackend):
             self._backend.time_scale = start.time_scale
@@ -147,15 +152,17 @@ class Worker:
         for step in range(first_step, job.steps):
             self._train_step(step)
             self._after_step(step + 1)
-        self._control.tell(Finished(rank=spec.rank, peak_bytes=self._backend.memory_stats().peak_bytes))
+        stats = self._backend.memory_stats()
+        self._control.tell(Finished(rank=spec.rank, peak_bytes=stats.device_peak_bytes or stats.peak_bytes))
         self._control.await_order(Shutdown, timeout_s=self._timeout_s)
 
     def _build(self) -> None:
         job, plan = self._job, self._stage_plan
         dtype = parameter_dtype(job.precision)
-        self._stage: Stage = build_stage(job.model, plan.first_layer, plan.end_layer, seed=job.seed, dtype=dtype)
-        state_bytes = sum(p.numel() * p.element_size() for p in self._stage.parameters()) * 4
+        stage = build_stage(job.model, plan.first_layer, plan.end_layer, seed=job.seed, dtype=dtype)
+        state_bytes = sum(p.numel() * p.element_size() for p in stage.parameters()) * 4
         self._backend.allocate(state_bytes, "weights, gradients and optimizer state")
+        self._stage: Stage = self._backend.place(stage)
         self._compute = StageCompute(
             self._stage,
             self._backend,
@@ -164,6 +171,18 @@ class Worker:
         )
         self._optimizer = AdamW(named_state(self._stage), job.optimizer, job.steps)
         self._state = StageState(self._stage, self._optimizer)
+
+    def _compile(self) -> None:
+        """Compile the stage for the plan's shapes before anything is timed, where the job asks for it."""
+        job = self._job
+        if not job.runtime.compile:
+            return
+
+        def tell(name: str, done: int, total: int, seconds: float) -> None:
+            self._control.tell(Compiled(rank=self._spec.rank, name=name, done=done, total=total, seconds=seconds))
+
+        first_calls = first_calls_of(self._compute, job.batch.microbatch, job.precision)
+        compile_ahead(first_calls, timeout_s=job.runtime.compile_timeout_s, on_progress=tell)
 
     def _build_interpreter(self) -> Interpreter:
         job, plan = self._job, self._plan
@@ -197,14 +216,18 @@ class Worker:
         # One global order of edges: no two ranks can wait for each other in a ring.
         for low, high in sorted(pairs):
             if self._spec.rank in (low, high):
+                self._check_not_aborted()
                 peer = high if self._spec.rank == low else low
                 self._edges[peer] = self._node.open(peer, address_of_rank[str(peer)], timeout_s=self._timeout_s)
+
+    def _check_not_aborted(self) -> None:
+        if self._control.aborted is not None:
+            raise PeerLost(f"job aborted: {self._control.aborted}")
 
     def _train_step(self, step: int) -> None:
         self._control.step = step
         started_s = time.monotonic()
-        if self._control.aborted is not None:
-            raise PeerLost(f"job aborted: {self._control.aborted}")
+        self._check_not_aborted()
         record = self._interpreter.run(step, batch_of(self._job, self._tokens, step))
         norm, loss = self._reduce(step)
         if not (math.isfinite(norm) and math.isfinite(loss)):
@@ -270,10 +293,13 @@ class Worker:
             if rank == 0:
                 x = inputs
             else:
-                x = torch.empty(boundary_shape(job.model, job.batch.microbatch), dtype=boundary_dtype(job.precision))
+                shape = boundary_shape(job.model, job.batch.microbatch)
+                x = self._backend.host_buffer(shape, boundary_dtype(job.precision))
                 self._edges[rank - 1].recv(tag, [host_bytes(x)]).wait(self._timeout_s)
             with self._compute.context():
                 out = self._backend.to_host(self._compute.evaluate(self._backend.to_device(x), targets))
+            if rank > 0:
+                self._backend.recycle(x)
             if rank == last:
                 total += out.item()
             else:
@@ -287,6 +313,12 @@ class Worker:
         facts = self._state.write(checkpoint.checkpoint_folder(self._spec.run_dir, steps_done))
         files = {name: (fact.size_bytes, fact.sha256) for name, fact in facts.items()}
         self._control.tell(CheckpointPart(rank=self._spec.rank, steps_done=steps_done, files=files))
+
+
+def _patience_s(job: JobConfig) -> float:
+    """Return how long a rank waits for the slowest to be ready."""
+    compile_s = job.runtime.compile_timeout_s if job.runtime.compile else 0.0
+    return job.runtime.placement_timeout_s + job.runtime.timeout_s + compile_s
 
 
 def batch_of(job: JobConfig, tokens: TokenData, step: int) -> Batch:
