@@ -10,11 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hybrid.config import FleetConfig, IslandConfig
 from hybrid.errors import FleetError
 from hybrid.hardware.catalog import Catalog, Chip, System
-from hybrid.hardware.fleet import Island
+from hybrid.hardware.fleet import Island, real_backend
 
 CHIP_LABEL = "hybrid.chip"
 """A chip's name, where Ray's own facts don't tell it; `none` leaves the node out."""
@@ -55,6 +56,8 @@ class NodeFacts:
     resources: Mapping[str, float] = field(hash=False)
     """Totals, not what is free at the moment."""
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    seen: frozenset[str] = frozenset()
+    """Of the accelerator resources, those whose devices were seen on the node (`devices_seen`), not only declared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +111,12 @@ def islands_of_nodes(nodes: Iterable[NodeFacts], catalog: Catalog) -> tuple[Disc
         )
         for name, group in zip(names, ordered, strict=True)
     )
+
+
+def devices_seen(dev: Path = Path("/dev")) -> frozenset[str]:
+    """Return the accelerator resources whose device files are on this node."""
+    files = {"neuron_cores": "neuron[0-9]*", "GPU": "nvidia[0-9]*"}
+    return frozenset(resource for resource, pattern in files.items() if any(dev.glob(pattern)))
 
 
 def emulated_resource(chip_name: str) -> str:
@@ -310,7 +319,9 @@ def _island_config(name: str, group: list[_Holding], catalog: Catalog) -> Island
         )
     system = _system_of_group(group, catalog)
     device, count = (first.chip.name, sum(held.num_chips for held in group)) if system is None else (system.name, 1)
-    backend = "emulated" if first.emulated else "auto"
+    # A resource may be declared where no device is; then `auto` rehearses the chip.
+    there = all(held.chip.ray_resource in held.node.seen for held in group)
+    backend = "emulated" if first.emulated else (real_backend(first.chip) or "auto") if there else "auto"
     return IslandConfig.model_validate(
         {"name": name, "device": device, "count": count, "site": first.site, "backend": backend}
     )

@@ -29,13 +29,16 @@ class Island:
     name: str
     chip: Chip
     num_chips: int
+    """Devices, one a rank: chips, or the logical cores of `num_chips / ranks_per_chip` chips."""
     site: str = "local"
     backend: str
-    """What computes: `cpu` or `emulated`."""
+    """What computes: `cpu`, `emulated`, `cuda` or `neuron`."""
     memory_bytes: int
-    """Of one chip."""
+    """Of one device."""
     speed: float = 1.0
-    """Multiplies the catalog's speed of the chip."""
+    """Multiplies the catalog's speed of the chip; holds a logical core's share of it."""
+    ranks_per_chip: int = 1
+    """1, but for `neuron` the chip's logical cores: TorchNeuron drives one core a process."""
     system: str | None = None
     num_systems: int = 1
     pair_bytes_per_s: float | None = None
@@ -203,11 +206,11 @@ def fleet_to_config(fleet: Fleet) -> FleetConfig:
             {
                 "name": island.name,
                 "device": island.system or island.chip.name,
-                "count": island.num_systems if island.system else island.num_chips,
+                "count": island.num_systems if island.system else island.num_chips // island.ranks_per_chip,
                 "site": island.site,
                 "backend": "auto" if island.backend == _auto_backend(island.chip) else island.backend,
-                "memory_bytes": None if _has_own_memory(island) else island.memory_bytes,
-                "speed": island.speed,
+                "memory_bytes": None if _has_own_memory(island) else island.memory_bytes * island.ranks_per_chip,
+                "speed": island.speed * island.ranks_per_chip,
             }
         )
         for island in fleet.islands
@@ -231,28 +234,44 @@ def _build_island(config: IslandConfig, catalog: Catalog) -> Island:
         where = f"fleet.islands.{config.name}.device"
         raise FleetError(error.fact, value=error.value, valid=error.valid, fix=error.fix, where=where) from None
     backend = _auto_backend(chip) if config.backend == "auto" else config.backend
-    if backend == "cpu" and chip.ray_resource != "CPU":
+    if backend not in ("emulated", real_backend(chip)):
+        own = real_backend(chip)
         raise FleetError(
-            f"the backend cpu cannot play the chip {chip.name}",
+            f"the backend {backend} cannot play the chip {chip.name}",
             value=config.backend,
-            valid=("auto", "emulated"),
+            valid=("auto", "emulated") if own is None else ("auto", "emulated", own),
             where=f"fleet.islands.{config.name}.backend",
-            fix="take `emulated`, or `device: cpu`",
+            fix="take `emulated`, or a `device` that the backend drives",
         )
     facts = _system_facts(device, chip) if isinstance(device, System) else _SystemFacts(chip.memory_bytes)
+    parts = chip.ray_units_per_chip if backend == "neuron" else 1
+    network = facts.scale_out_bytes_per_s
     return Island(
         name=config.name,
         chip=chip,
-        num_chips=config.count * facts.num_chips,
+        num_chips=config.count * facts.num_chips * parts,
         site=config.site,
         backend=backend,
-        memory_bytes=facts.memory_bytes if config.memory_bytes is None else config.memory_bytes,
-        speed=config.speed,
+        memory_bytes=(facts.memory_bytes if config.memory_bytes is None else config.memory_bytes) // parts,
+        speed=config.speed / parts,
+        ranks_per_chip=parts,
         system=device.name if isinstance(device, System) else None,
         num_systems=config.count if isinstance(device, System) else 1,
         pair_bytes_per_s=facts.pair_bytes_per_s,
-        scale_out_bytes_per_s=facts.scale_out_bytes_per_s,
+        scale_out_bytes_per_s=None if network is None else network / parts,
     )
+
+
+def real_backend(chip: Chip) -> str | None:
+    """Return the backend that drives the chip itself; None where there is none, as for Trainium1.
+
+    TorchNeuron serves Trainium2 and later.
+    """
+    if chip.ray_resource == "CPU":
+        return "cpu"
+    if chip.vendor == "nvidia":
+        return "cuda"
+    return "neuron" if chip.generation in _TORCH_NEURON_GENERATIONS else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +318,10 @@ def _build_links(config: FleetConfig) -> tuple[Link, ...]:
 
 def _has_own_memory(island: Island) -> bool:
     """Return whether the chip's row alone gives the island's memory."""
-    return island.system is None and island.memory_bytes == island.chip.memory_bytes
+    return island.system is None and island.memory_bytes == island.chip.memory_bytes // island.ranks_per_chip
+
+
+_TORCH_NEURON_GENERATIONS = frozenset({"trn2", "trn3"})
 
 
 def _auto_backend(chip: Chip) -> str:
