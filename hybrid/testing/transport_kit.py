@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable
 from typing import final
 
-from hybrid.errors import HybridError
 from hybrid.testing.transport_clauses import CHECK_OF_CLAUSE
 from hybrid.testing.transport_rig import Broken, OpenKitNode, Rig, unwrapped
 from hybrid.transports.base import Transport
@@ -68,7 +67,7 @@ class TransportKit:
                 CHECK_OF_CLAUSE[clause](self._rig)
             except Broken as what:
                 found.append(str(what))
-            except (HybridError, AssertionError, OSError, ValueError, TypeError) as error:
+            except Exception as error:
                 found.append(f"{type(error).__name__}: {error}")
 
         thread = threading.Thread(target=run, name=f"clause {clause}", daemon=True)
