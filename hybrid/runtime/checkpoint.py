@@ -108,7 +108,8 @@ def commit_checkpoint(
 ) -> None:
     """Write the manifest, make the checkpoint visible in one rename, and remove the oldest beyond `keep`.
 
-    Killed at any point, it leaves every checkpoint that was visible before whole.
+    Killed at any point, it leaves every checkpoint that was visible before whole. A step is committed once: where its
+    checkpoint is there already, that one stays.
 
     Raises:
         MachineError: the disk is full or cannot be written.
@@ -120,15 +121,14 @@ def commit_checkpoint(
         "facts": dict(facts),
         "files": {name: {"size_bytes": f.size_bytes, "sha256": f.sha256} for name, f in sorted(files.items())},
     }
-    replaced = folder.with_name(f"{folder.name}.replaced{_PARTIAL}")
+    if folder.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        return
     with _writing(folder):
         _write_through(partial / _MANIFEST, json.dumps(manifest, indent=1).encode())
         _fsync_folder(partial)
-        if folder.exists():
-            folder.rename(replaced)
         partial.rename(folder)
         _fsync_folder(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
     for old in complete_checkpoints(folder.parent.parent)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
