@@ -33,6 +33,9 @@ class Arm(ABC):
 
     stage: Stage
 
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+
     @property
     def overrun_s(self) -> float:
         """Emulated chips: by how much actions ended late, so far."""

@@ -15,6 +15,7 @@ from hybrid.bench.workload import Pace, Workload
 from hybrid.hardware import load_catalog
 from hybrid.models.stage import boundary_shape
 from hybrid.runtime.capabilities import capabilities_of
+from hybrid.runtime.emulated_link import EmulatedLink
 from hybrid.runtime.interpreter import Interpreter
 from hybrid.scheduler.actions import Action, Kind
 from hybrid.scheduler.lowering import lower_communication
@@ -33,6 +34,7 @@ class HybridRank(Arm):
     """
 
     def __init__(self, rank: int, num_ranks: int, medium: str, token: bytes, chip: str | None = None) -> None:
+        super().__init__()
         self._rank, self._num_ranks = rank, num_ranks
         self._node = open_node(medium, rank, token=token)
         self._edges: dict[int, Transport] = {}
@@ -57,6 +59,7 @@ class HybridRank(Arm):
             dtype=torch.float32,
             seconds_of=self._seconds_of,
             timeout_s=WAIT_S,
+            link_of_rank=self._links(),
         )
 
     def prepare(self, step: int) -> None:
@@ -84,6 +87,12 @@ class HybridRank(Arm):
 
     def _seconds_of(self, action: Action) -> float:
         return 0.0 if self._pace is None else self._pace.seconds_of(action)
+
+    def _links(self) -> dict[int, EmulatedLink]:
+        """Return emulated chips' links to the neighbours, which take no time on the chips' clock."""
+        if not isinstance(self._backend, EmulatedBackend):
+            return {}
+        return {peer: EmulatedLink(transfer_s=0.0, busy_s=0.0) for peer in self._edges}
 
     def _meet(self, address_of_rank: tuple[str, ...]) -> None:
         for peer in (self._rank - 1, self._rank + 1):

@@ -1,7 +1,8 @@
-"""The nursery: one process that imports torch once and forks the processes of a benchmark; none outlives its parent.
+"""The nursery: one process that imports what is slow to import once, and forks a benchmark's processes.
 
 Run as `python -m hybrid.bench.nursery FD FD …`: one child for each inherited connection. A child's first message is a
-maker; it calls it and answers messages with what it made. May import anything; nothing but `processes` starts it.
+maker; the child calls it and answers messages with what it made. None outlives its parent. Nothing but `processes`
+starts it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 import traceback
+from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,16 +23,15 @@ _IDLE_LIMIT_S = 600.0
 
 
 def main(fds: list[int]) -> int:
-    """Fork a child for each connection and wait until all have left; return how many failed."""
-    die_with_parent(int(sys.stdin.readline()))
-    import torch
+    """Fork a child for each connection and wait until all have left; return how many failed.
 
-    import hybrid.backends
-    import hybrid.models.stage
-    import hybrid.runtime.interpreter  # noqa: F401 - imported here once, for all children
-
-    torch.set_num_threads(1)
-    gc.freeze()
+    Standard input tells the parent's process id, then the modules to import first, one line each.
+    """
+    parent, *modules = sys.stdin.read().splitlines()
+    die_with_parent(int(parent))
+    for module in modules:
+        import_module(module)
+    gc.freeze()  # the children's collections leave what they share with us alone
     own = os.getpid()
     pids = [_fork(fd, fds, own) for fd in fds]
     for fd in fds:

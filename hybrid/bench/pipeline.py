@@ -10,6 +10,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hybrid.bench import judge
@@ -23,20 +24,38 @@ from hybrid.config import RuntimeConfig
 MEDIUM = f"zmq-{RuntimeConfig().zmq_medium}"
 """Our arms' transport: what a job gets that names none."""
 
-_QUICK_S, _FULL_S = 38.0, 200.0
-"""What the whole benchmark aims at; a slower machine runs fewer rounds, but never fewer than the least."""
-_SHARE_OF_PART = {"compute_heavy": 0.42, "comm_heavy": 0.45, "emulated_even": 0.5, "emulated_uneven": 1.0}
-"""Of the time that is left when a part begins."""
-_LEAST_ROUNDS, _MOST_ROUNDS = 3, 60
-_REPLY_S = 90.0
-
 MEMBERS_OF_ARM = {
     "one_process": ("one_process",),
     "torch": ("torch_0", "torch_1"),
     "ours": ("ours_0", "ours_1"),
 }
-EMULATED = tuple(f"emulated_{rank}" for rank in range(TINY.num_stages))
 _CHIPS = ("trn2", "h100")
+_PRELOAD = ("hybrid.bench.hybrid_arm", "hybrid.bench.torch_arm")
+_REPLY_S = 90.0
+_MOST_ROUNDS = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What is measured, and for how long."""
+
+    workloads: tuple[Workload, ...] = (COMPUTE_HEAVY, COMM_HEAVY)
+    tiny: Workload = TINY
+    pace_of_part: Mapping[str, Pace] = field(default_factory=lambda: {"emulated_even": EVEN, "emulated_uneven": UNEVEN})
+    least_rounds: int = 3
+    """These are run on the slowest machine too."""
+    total_s: float
+    """What the whole aims at, start and all."""
+
+    @property
+    def emulated(self) -> tuple[str, ...]:
+        """Names of the emulated ranks' processes, in rank order."""
+        return tuple(f"emulated_{rank}" for rank in range(self.tiny.num_stages))
+
+
+QUICK, FULL = Settings(total_s=38.0), Settings(total_s=200.0)
+_SHARE_OF_PART = (0.42, 0.45, 0.5, 1.0)
+"""Of the time that is left when a part begins."""
 
 
 def measure_pipeline(*, quick: bool) -> Result:
@@ -46,30 +65,37 @@ def measure_pipeline(*, quick: bool) -> Result:
         WorkerFailed: a process failed or was silent.
         ScheduleError: the arms computed different losses or gradients.
     """
-    end_s = time.monotonic() + (_QUICK_S if quick else _FULL_S)
+    return measure(QUICK if quick else FULL)
 
-    def until_s(part: str) -> float:
+
+def measure(settings: Settings) -> Result:
+    """Measure what the settings say; see `measure_pipeline`."""
+    end_s = time.monotonic() + settings.total_s
+    shares = iter(_SHARE_OF_PART)
+
+    def until_s() -> float:
         now_s = time.monotonic()
-        return now_s + _SHARE_OF_PART[part] * max(0.0, end_s - now_s)
+        return now_s + next(shares) * max(0.0, end_s - now_s)
 
     parts = []
     with (
         tempfile.TemporaryDirectory(prefix="hybrid-bench-") as folder,
-        Team(makers(Path(folder)), timeout_s=_REPLY_S) as team,
+        Team(makers(settings, Path(folder)), timeout_s=_REPLY_S, preload=_PRELOAD) as team,
     ):
         meet(team, MEMBERS_OF_ARM["ours"])
-        meet(team, EMULATED)
-        for workload in (COMPUTE_HEAVY, COMM_HEAVY):
-            rounds = run_side_by_side(team, workload, until_s=until_s(workload.name))
+        meet(team, settings.emulated)
+        for workload in settings.workloads:
+            rounds = run_side_by_side(team, workload, least=settings.least_rounds + 1, until_s=until_s())
             parts.append(judge.side_by_side(workload, rounds, _how_of_arm(workload)))
-        warm_up_emulated(team, TINY)
-        for index, (name, pace) in enumerate((("emulated_even", EVEN), ("emulated_uneven", UNEVEN))):
-            steps = run_emulated(team, pace, first_step=1 + index * _MOST_ROUNDS, until_s=until_s(name))
-            parts.append(judge.emulated(name, TINY, pace, steps, _how_emulated(TINY)))
+        warm_up(team, settings)
+        for index, (name, pace) in enumerate(settings.pace_of_part.items()):
+            first_step = 1 + index * _MOST_ROUNDS
+            steps = run_emulated(team, settings, pace, first_step=first_step, until_s=until_s())
+            parts.append(judge.emulated(name, settings.tiny, pace, steps, _how_emulated(settings.tiny)))
     return judge.join(parts)
 
 
-def run_side_by_side(team: Team, workload: Workload, *, until_s: float) -> list[Round]:
+def run_side_by_side(team: Team, workload: Workload, *, least: int, until_s: float) -> list[Round]:
     """Return the rounds of a workload: each arm's step, and each stage alone, in an order that rotates.
 
     The first round warms up; it alone carries the gradients' squares.
@@ -77,7 +103,7 @@ def run_side_by_side(team: Team, workload: Workload, *, until_s: float) -> list[
     team.ask_all([name for names in MEMBERS_OF_ARM.values() for name in names], Load(workload=workload))
     order = [*MEMBERS_OF_ARM, "ideal"]
     rounds = []
-    for number in rounds_until(until_s, least=_LEAST_ROUNDS + 1):
+    for number in rounds_until(until_s, least=least):
         ran: dict[str, list[Ran]] = {}
         alone: list[Alone] = []
         turn = number % len(order)
@@ -90,17 +116,18 @@ def run_side_by_side(team: Team, workload: Workload, *, until_s: float) -> list[
     return rounds
 
 
-def warm_up_emulated(team: Team, workload: Workload) -> None:
+def warm_up(team: Team, settings: Settings) -> None:
     """Load the emulated ranks and run step 0 as fast as they can."""
-    team.ask_all(EMULATED, Load(workload=workload))
-    team.ask_all(EMULATED, RunStep(step=0))
+    team.ask_all(settings.emulated, Load(workload=settings.tiny))
+    team.ask_all(settings.emulated, RunStep(step=0))
 
 
-def run_emulated(team: Team, pace: Pace, *, first_step: int, until_s: float) -> list[list[Ran]]:
+def run_emulated(team: Team, settings: Settings, pace: Pace, *, first_step: int, until_s: float) -> list[list[Ran]]:
     """Return the steps of the emulated ranks at a pace, each with every rank's report."""
-    team.ask_all(EMULATED, KeepPace(pace=pace))
-    steps = rounds_until(until_s, least=_LEAST_ROUNDS)
-    return [team.ask_all(EMULATED, RunStep(step=first_step + number)) for number in steps]
+    names = settings.emulated
+    team.ask_all(names, KeepPace(pace=pace))
+    steps = rounds_until(until_s, least=settings.least_rounds)
+    return [team.ask_all(names, RunStep(step=first_step + number)) for number in steps]
 
 
 def rounds_until(until_s: float, *, least: int) -> Iterator[int]:
@@ -120,17 +147,17 @@ def meet(team: Team, names: tuple[str, ...]) -> None:
     team.ask_all(names, Meet(address_of_rank=tuple(addresses)))
 
 
-def makers(folder: Path) -> dict[str, Maker]:
+def makers(settings: Settings, folder: Path) -> dict[str, Maker]:
     """Return what runs in each process; `folder` holds torch's rendezvous."""
     made: dict[str, Maker] = {"one_process": Make(target="hybrid.bench.arm:OneProcess")}
     names = MEMBERS_OF_ARM["torch"]
     for rank, name in enumerate(names):
         arguments = {"rank": rank, "num_ranks": len(names), "store": str(folder / "gloo")}
         made[name] = Make(target="hybrid.bench.torch_arm:TorchRank", arguments=arguments)
-    for names in (MEMBERS_OF_ARM["ours"], EMULATED):
+    for names in (MEMBERS_OF_ARM["ours"], settings.emulated):
         token = secrets.token_bytes(16)
         for rank, name in enumerate(names):
-            chip = _CHIPS[rank * len(_CHIPS) // len(names)] if names is EMULATED else None
+            chip = None if names == MEMBERS_OF_ARM["ours"] else _CHIPS[rank * len(_CHIPS) // len(names)]
             arguments = {"rank": rank, "num_ranks": len(names), "medium": MEDIUM, "token": token, "chip": chip}
             made[name] = Make(target="hybrid.bench.hybrid_arm:HybridRank", arguments=arguments)
     return made

@@ -25,8 +25,6 @@ Handler: TypeAlias = "Callable[[Any], Any]"
 Maker: TypeAlias = "Callable[[], Handler]"
 """Picklable; called in the new process."""
 
-_LEAVE_S = 5.0
-
 
 class Team:
     """Processes by name; use it as a context manager.
@@ -34,13 +32,16 @@ class Team:
     Args:
         makers: what each member runs.
         timeout_s: the longest wait for a reply.
+        preload: modules that the members share; imported once.
 
     Raises:
         WorkerFailed: a member raised (its traceback is in the text), ended, or was silent for `timeout_s`.
     """
 
-    def __init__(self, makers: Mapping[str, Maker], *, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, makers: Mapping[str, Maker], *, timeout_s: float, preload: Iterable[str] = ()) -> None:
+        self.timeout_s = timeout_s
+        self.leave_s = 5.0
+        """What members get to leave by themselves before they are killed."""
         pipes = {name: Pipe() for name in makers}
         self._connections: dict[str, Connection[Any, Any]] = {name: ours for name, (ours, _) in pipes.items()}
         fds = [theirs.fileno() for _, theirs in pipes.values()]
@@ -55,13 +56,18 @@ class Team:
         for _, theirs in pipes.values():
             theirs.close()
         assert self._nursery.stdin is not None
-        self._nursery.stdin.write(f"{os.getpid()}\n".encode())
+        self._nursery.stdin.write("\n".join([str(os.getpid()), *preload]).encode())
         self._nursery.stdin.close()
         try:
             self.ask(makers)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def nursery_pid(self) -> int:
+        """The process whose children the members are."""
+        return self._nursery.pid
 
     def ask(self, messages: Mapping[str, Any]) -> dict[str, Any]:
         """Tell each named member its message, all before any reply is waited for; return the replies."""
@@ -70,7 +76,7 @@ class Team:
                 self._connections[name].send(message)
             except OSError:
                 raise WorkerFailed(f"benchmark process {name} has ended") from None
-        deadline_s = time.monotonic() + self._timeout_s
+        deadline_s = time.monotonic() + self.timeout_s
         return {name: self._reply(name, deadline_s) for name in messages}
 
     def ask_all(self, names: Iterable[str], message: Any) -> list[Any]:
@@ -82,16 +88,16 @@ class Team:
         for connection in self._connections.values():
             connection.close()
         try:
-            self._nursery.wait(_LEAVE_S)
+            self._nursery.wait(self.leave_s)
         except subprocess.TimeoutExpired:
             with suppress(ProcessLookupError):
                 os.killpg(self._nursery.pid, signal.SIGKILL)
-            self._nursery.wait(_LEAVE_S)
+            self._nursery.wait(self.leave_s)
 
     def _reply(self, name: str, deadline_s: float) -> Any:
         connection = self._connections[name]
         if not connection.poll(max(0.0, deadline_s - time.monotonic())):
-            raise WorkerFailed(f"benchmark process {name} was silent for {self._timeout_s:g} s")
+            raise WorkerFailed(f"benchmark process {name} was silent for {self.timeout_s:g} s")
         try:
             status, reply = connection.recv()
         except (EOFError, OSError):

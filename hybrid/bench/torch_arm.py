@@ -27,6 +27,7 @@ class TorchRank(Arm):
     """
 
     def __init__(self, rank: int, num_ranks: int, store: str) -> None:
+        super().__init__()
         self._rank, self._num_ranks = rank, num_ranks
         dist.init_process_group(
             "gloo",
