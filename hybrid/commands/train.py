@@ -13,6 +13,7 @@ from rich.console import Console
 from hybrid.commands.job import fleet_of, plan_of, read_job
 from hybrid.commands.plan import print_plan, seconds
 from hybrid.config import JobConfig
+from hybrid.errors import ConfigError
 from hybrid.hardware.fleet import Fleet
 from hybrid.observe.terminal import open_progress
 from hybrid.runtime.placement import Placement
@@ -34,6 +35,7 @@ def run_train(
 ) -> None:
     """Train a job; progress goes to standard error under --json, so that standard output holds the summary alone."""
     job = read_job(path, overrides)
+    _check_words(job, reference=reference, plan_file=plan_file, address=address)
     console = Console(stderr=as_json)
     if reference:
         with open_progress(console, job, num_ranks=1, quiet=as_json) as sink:
@@ -57,6 +59,21 @@ def run_train(
         sys.stdout.flush()
     else:
         print_summary(summary, console)
+
+
+def _check_words(job: JobConfig, *, reference: bool, plan_file: Path | None, address: str | None) -> None:
+    """Refuse words that would be without effect: who writes them expects one."""
+    if reference and plan_file is not None:
+        raise ConfigError(
+            "--reference runs in one process, without a plan", value=f"--plan {plan_file}", fix="give one"
+        )
+    if address is not None and (reference or job.runtime.placement == "threads"):
+        raise ConfigError(
+            f"{'--reference' if reference else 'runtime.placement: threads'} runs in this process, on no cluster",
+            value=f"--address {address}",
+            valid="runtime.placement: ray, without --reference",
+            fix="give one or the other",
+        )
 
 
 def open_placement(job: JobConfig, fleet: Fleet, plan: Plan, address: str | None) -> Placement:

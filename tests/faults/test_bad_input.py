@@ -85,8 +85,8 @@ WRONG_JOBS: dict[str, tuple[str, object, tuple[str, ...]]] = {
     "chip that is only announced": ("fleet.islands.0.device", "trn4", ("trn4 is announced", "has not told")),
     "unknown backend": (
         "fleet.islands.1.backend",
-        "cuda",
-        ("islands.1.backend: no such choice (got 'cuda')", "auto or cpu or emulated"),
+        "tpu",
+        ("islands.1.backend: no such choice (got 'tpu')", "auto or cpu or emulated"),
     ),
     "backend that cannot play the chip": (
         "fleet.islands.0.backend",
@@ -168,6 +168,8 @@ def test_a_job_file_that_is_no_job_is_refused(bench, what):
     bench.refused_untouched("train job.yaml", *said)
 
 
+RAY = "(a job for Ray) "
+
 WRONG_WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "no such job": ("train nowhere.yaml", ("no such job file (got 'nowhere.yaml')", "examples/")),
     "folder for a job": ("train .", ("job file cannot be read: Is a directory (got '.')",)),
@@ -203,10 +205,10 @@ WRONG_WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "export of nothing": ("export no --to out", ("no whole checkpoint there (got 'no')",)),
     "export to a folder that is there": ("export no --to .", ("--to: the export's folder is there already (got '.')",)),
     "address without a port": (
-        "train job.yaml --address localhost",
+        RAY + "train job.yaml --address localhost",
         ("no address of a running Ray", "valid: HOST:PORT"),
     ),
-    "address that is a URL": ("train job.yaml --address http://localhost:8265", ("no address of a running Ray",)),
+    "address that is a URL": (RAY + "train job.yaml --address http://localhost:8265", ("no address of a running Ray",)),
     "dashboard that is no URL": ("submit job.yaml --address localhost:8265", ("no URL of a Ray dashboard", "http://")),
     "submit without an address": ("submit job.yaml", ("Missing option '--address'",)),
     "submit of a job that is not there": ("submit no.yaml --address http://localhost:1", ("no such job file",)),
@@ -216,7 +218,18 @@ WRONG_WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
 @pytest.mark.parametrize("what", WRONG_WORDS)
 def test_a_wrong_command_line_is_refused_in_one_line_and_nothing_is_written(bench, what):
     words, said = WRONG_WORDS[what]
-    bench.refused_untouched(words, *said)
+    if words.startswith(RAY):
+        bench.set("runtime", {"placement": "ray"})
+        bench.write_job()
+    bench.refused_untouched(words.removeprefix(RAY), *said)
+
+
+@pytest.mark.parametrize("words", ["plan job.yaml --json", "train job.yaml --json --resume no"])
+def test_standard_output_stays_empty_for_those_who_parse_it(bench, words):
+    if "plan" in words:
+        bench.set("steps", 0)
+        bench.write_job()
+    assert bench.refused_untouched(words).out == ""
 
 
 WRONG_TEXTS: dict[str, tuple[bytes, tuple[str, ...]]] = {
@@ -461,7 +474,8 @@ def test_a_dashboard_that_does_not_answer_is_refused(bench, closed_port):
 
 
 def test_a_cluster_fleet_at_an_address_that_does_not_answer_is_refused(bench, closed_port):
-    bench.raw["fleet"] = "ray"
+    bench.set("fleet", "ray")
+    bench.set("runtime", {"placement": "ray"})
     bench.write_job()
     bench.refused_untouched(f"train job.yaml --address 127.0.0.1:{closed_port}", "no Ray answers there")
 
@@ -500,6 +514,17 @@ def test_a_job_that_diverges_in_its_first_step_leaves_no_run_folder(bench, monke
 
     monkeypatch.setattr(reference, "global_norm", lambda squares: float("nan"))
     bench.refused("train job.yaml --reference", "step 0 (from 0)", "No checkpoint was written yet")
+    assert not list((bench.folder / "runs").iterdir())
+
+
+def test_a_real_device_that_this_machine_lacks_is_told_by_its_rank(bench):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    bench.set("fleet.islands.1.backend", "cuda")
+    bench.write_job()
+    bench.refused("train job.yaml", "rank 1: this torch sees no CUDA device", "backend: emulated")
     assert not list((bench.folder / "runs").iterdir())
 
 
