@@ -170,9 +170,11 @@ def posted_ahead(rig: Rig) -> None:
         below, middle_to_low = rig.join(low, middle)
         middle_to_high, above = rig.join(middle, high)
         landings = [Landing([1000]) for _ in range(4)]
-        began_s = time.monotonic()
-        ahead = [middle_to_low.recv(f"{number}", landing.views) for number, landing in enumerate(landings)]
-        demand(time.monotonic() - began_s < _SLACK_S, "recv does not return before the message was sent")
+        ahead: list[Pending] = []
+        for number, landing in enumerate(landings):
+            began_s = time.monotonic()
+            ahead.append(middle_to_low.recv(f"{number}", landing.views))
+            demand(time.monotonic() - began_s < _SLACK_S, "recv does not return before the message was sent")
         demand(not any(pending.done() for pending in ahead), "a receive is done before its message was sent")
         for number in reversed(range(4)):
             below.send(f"{number}", [bytes([number]) * 1000]).wait(rig.patience_s)
