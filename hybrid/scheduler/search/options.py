@@ -1,0 +1,221 @@
+"""Options: what one stage may be, and the seconds and bytes of every run of layers on it.
+
+Pure. One `OptionTable` a microbatch: arrays over (option, first layer, end layer), from prefix sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid.scheduler.search.links import LinkModel, reduce_seconds
+from hybrid.scheduler.search.pace import Pipelines
+from hybrid.scheduler.search.problem import Problem
+
+Array = NDArray[np.float64]
+Ints = NDArray[np.intp]
+
+GRADIENT_BYTES = 4
+"""Gradients are reduced in fp32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """Where and how a stage runs."""
+
+    pool: int
+    degree: int
+    width: int
+    recompute: bool
+
+    @property
+    def num_chips(self) -> int:
+        """Chips of one such stage."""
+        return self.degree * self.width
+
+
+class OptionTable:
+    """Seconds and bytes of every option and every run of layers, for one microbatch size."""
+
+    def __init__(self, problem: Problem, microbatch: int) -> None:
+        self.problem, self.microbatch = problem, microbatch
+        self.options = tuple(_options(problem, microbatch))
+        self.num_layers = problem.table.num_layers
+        self.pool_of = np.array([option.pool for option in self.options], dtype=np.intp)
+        self.chips = np.array([option.num_chips for option in self.options], dtype=np.float64)
+        size = (len(self.options), self.num_layers + 1, self.num_layers + 1)
+        self.forward_s, self.backward_s = np.empty(size), np.empty(size)
+        self.base_bytes, self.held_bytes = np.empty(size), np.empty(size)
+        self.shard_bytes = np.empty(size)
+        """Gradients that one chip reduces."""
+        self.update_s = np.empty(len(self.options))
+        self.limit_bytes = np.empty(len(self.options))
+        for index, option in enumerate(self.options):
+            self._fill(index, option)
+        sizes = problem.table.sizes[min(problem.table.sizes)]
+        self.output_bytes = np.array([0.0, *(float(x) * microbatch for x in sizes.output_bytes)])
+        """By layer + 1: what leaves a stage that ends there; the first entry is the model's input."""
+
+    def _fill(self, index: int, option: Option) -> None:
+        problem, table = self.problem, self.problem.table
+        pool, memory = problem.pools[option.pool], problem.memory
+        samples = self.microbatch // option.width
+        cell, sizes = table.cells[pool.chip, option.degree, samples], table.sizes[option.degree]
+        forward = _runs(np.array(cell.forward_s))
+        backward = _runs(np.array(cell.backward_s))
+        saved = _runs(np.array(sizes.saved_bytes, dtype=np.float64)) * samples
+        parameters = _runs(np.array(sizes.num_parameters, dtype=np.float64))
+        outputs = np.array([0.0, *map(float, sizes.output_bytes[:-1]), 0.0]) * samples
+        cuts = outputs[:, None] + outputs[None, :]
+        base = parameters * memory.bytes_per_parameter + (3 * cuts if memory.counts_buffers else 0)
+        if option.recompute:
+            # The forward runs again: its activations are whole for one microbatch, the others keep their input.
+            self.backward_s[index] = backward + forward
+            self.base_bytes[index] = base + saved
+            self.held_bytes[index] = np.maximum(outputs, 0.0)[:, None] + np.zeros_like(saved)
+        else:
+            self.backward_s[index] = backward
+            self.base_bytes[index], self.held_bytes[index] = base, saved
+        self.forward_s[index] = forward
+        self.shard_bytes[index] = parameters * GRADIENT_BYTES
+        self.update_s[index] = cell.update_s
+        fixed = memory.fixed_bytes
+        if option.degree > 1 and memory.fixed_bytes_split is not None:
+            fixed = memory.fixed_bytes_split
+        self.limit_bytes[index] = pool.memory_bytes * (1.0 - memory.margin) - fixed
+
+    @cached_property
+    def edge_s(self) -> Array:
+        """Seconds of the activation that leaves layer `end - 1`, from option to option; infinite without a link.
+
+        Shapes:
+            (options, options, layers + 1)
+        """
+        seconds = np.full((len(self.options), len(self.options), self.num_layers + 1), np.inf)
+        for a, one in enumerate(self.options):
+            for b, other in enumerate(self.options):
+                link = self.link(a, b)
+                if link is not None:
+                    lanes = 1 if link.polynomial else min(one.num_chips, other.num_chips)
+                    seconds[a, b] = link.seconds_of(self.output_bytes / lanes)
+        return seconds
+
+    @cached_property
+    def edge_latency_s(self) -> Array:
+        """Latency of the same links.
+
+        Shapes:
+            (options, options)
+        """
+        count = range(len(self.options))
+        links = [[self.link(a, b) for b in count] for a in count]
+        return np.array([[0.0 if link is None else link.latency_s for link in row] for row in links]).reshape(
+            len(self.options), len(self.options)
+        )
+
+    def link(self, a: int, b: int) -> LinkModel | None:
+        """Return the link from one option's chips to another's."""
+        one, other = self.options[a], self.options[b]
+        pools = self.problem.pools
+        return self.problem.link(pools[one.pool], pools[other.pool], one.num_chips, other.num_chips)
+
+    def fits(self, in_flight: Array | int) -> NDArray[np.bool_]:
+        """Return which runs of layers fit on which option with so many microbatches in flight."""
+        limit = self.limit_bytes[:, None, None]
+        return np.asarray(self.base_bytes + in_flight * self.held_bytes <= limit)
+
+    @cached_property
+    def _shards(self) -> list[tuple[Array, Ints]]:
+        """The sizes that shards have, and which run of layers has which: a model's layers repeat."""
+        found = []
+        for rows in self.shard_bytes:
+            sizes, place = np.unique(np.maximum(rows, 0.0), return_inverse=True)
+            found.append((sizes, place.reshape(rows.shape)))
+        return found
+
+    def reduce_s(self, num_replicas: int) -> Array:
+        """Return the seconds in which a stage's gradients are reduced over so many replicas of its own pool.
+
+        Shapes:
+            returns: (options, layers + 1, layers + 1)
+        """
+        found = np.zeros_like(self.shard_bytes)
+        if num_replicas <= 1:
+            return found
+        for index, option in enumerate(self.options):
+            pool = self.problem.pools[option.pool]
+            link = self.problem.link(pool, pool)
+            if link is None:
+                found[index] = np.inf
+                continue
+            sizes, place = self._shards[index]
+            seconds = reduce_seconds(
+                link,
+                sizes,
+                num_replicas * option.width,
+                bucket_bytes=self.problem.reduce_bucket_bytes,
+                sharers=pool.node_size,
+            )
+            found[index] = seconds[place]
+        return found
+
+    def pipelines(self, chosen: Ints, bounds: Ints) -> Pipelines:
+        """Return the seconds of N pipelines.
+
+        Shapes:
+            chosen: (N, P), options.  bounds: (N, P + 1), first layers and the end.
+        """
+        first, end = bounds[:, :-1], bounds[:, 1:]
+        here, there = chosen[:, :-1], chosen[:, 1:]
+        cut = bounds[:, 1:-1]
+        # Sailor sizes a gradient by the output of the stage's own first layer.
+        back = cut + 1 if self.problem.vocabulary.step_law == "sailor" else cut
+        activation_s, gradient_s = self.edge_s[here, there, cut], self.edge_s[there, here, back]
+        busy_s = np.where(np.isfinite(activation_s), activation_s - self.edge_latency_s[here, there], 0.0)
+        return Pipelines(
+            forward_s=self.forward_s[chosen, first, end],
+            backward_s=self.backward_s[chosen, first, end],
+            activation_s=activation_s,
+            gradient_s=gradient_s,
+            busy_s=np.maximum(busy_s, 0.0),
+        )
+
+    def peak_bytes(self, chosen: Ints, bounds: Ints, num_microbatches: int | None) -> Array:
+        """Return what each stage holds at its peak under 1F1B, fixed bytes left out.
+
+        Shapes:
+            returns: (N, P)
+        """
+        first, end = bounds[:, :-1], bounds[:, 1:]
+        in_flight = np.arange(chosen.shape[1], 0, -1)
+        if num_microbatches is not None and self.problem.memory.capped_by_microbatches:
+            in_flight = np.minimum(in_flight, num_microbatches)
+        return np.asarray(self.base_bytes[chosen, first, end] + in_flight * self.held_bytes[chosen, first, end])
+
+
+def _options(problem: Problem, microbatch: int) -> list[Option]:
+    words = problem.vocabulary
+    return [
+        Option(pool=index, degree=degree, width=width, recompute=recompute)
+        for index, pool in enumerate(problem.pools)
+        for degree in words.degrees
+        for width in words.widths
+        for recompute in ((False, True) if words.recompute else (False,))
+        if degree <= pool.node_size
+        and degree * width <= pool.num_chips
+        and microbatch % width == 0
+        and (pool.chip, degree, microbatch // width) in problem.table.cells
+    ]
+
+
+def _runs(values: Array) -> Array:
+    """Return the sums over layers first..end-1.
+
+    Shapes:
+        values: (layers,).  returns: (layers + 1, layers + 1)
+    """
+    prefix = np.concatenate([[0.0], np.cumsum(values)])
+    return np.asarray(prefix[None, :] - prefix[:, None])
