@@ -17,7 +17,7 @@ from hybrid.errors import ConfigError
 from hybrid.hardware.fleet import Fleet
 from hybrid.observe.terminal import open_progress
 from hybrid.runtime.placement import Placement
-from hybrid.runtime.preflight import check_address, check_memory
+from hybrid.runtime.preflight import check_address, check_devices, check_memory
 from hybrid.runtime.trainer import Summary, train, train_in_one_process
 from hybrid.scheduler.plan import Plan
 
@@ -46,6 +46,8 @@ def run_train(
         job, fleet = fleet_of(job, address)
         plan = plan_of(job, fleet, plan_file)
         if address is None:
+            if job.runtime.placement == "ray":
+                check_devices(stage.backend for stage in plan.stages)
             check_memory(
                 sum(stage.memory_bytes for stage in plan.stages), "the job's ranks together, all on this machine,"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -102,6 +102,28 @@ def check_memory(needed_bytes: int, what: str) -> None:
             valid=f"at most {total_bytes} bytes",
             fix="shrink the model or the microbatch, or run on a cluster (--address)",
         )
+
+
+_DEVICE_FILES = {"cuda": ("nvidia[0-9]*", "dxg", "nvgpu", "nvhost-gpu"), "neuron": ("neuron[0-9]*",)}
+"""What a driver makes under /dev, on servers, under WSL and on boards."""
+
+
+def check_devices(backends: Iterable[str], dev: Path = Path("/dev")) -> None:
+    """Refuse a backend of real devices where this machine has none of them; the worker looks closer.
+
+    Raises:
+        MachineError: no device file of that kind.
+    """
+    for backend in sorted(set(backends) & _DEVICE_FILES.keys()):
+        patterns = _DEVICE_FILES[backend]
+        if not any(next(dev.glob(pattern), None) for pattern in patterns):
+            raise MachineError(
+                f"this machine has no device for the backend {backend}: no {dev}/{patterns[0]}",
+                value=backend,
+                valid="auto, cpu, emulated",
+                where="fleet.islands",
+                fix="emulate the chip (`backend: emulated`), or run on a cluster that has it (--address)",
+            )
 
 
 def check_address(address: str) -> None:

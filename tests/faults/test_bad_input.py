@@ -517,6 +517,23 @@ def test_a_job_that_diverges_in_its_first_step_leaves_no_run_folder(bench, monke
     assert not list((bench.folder / "runs").iterdir())
 
 
+@pytest.mark.parametrize("backend", ["cuda", "neuron"])
+def test_a_real_device_that_this_machine_lacks_is_refused_before_ray_is_started(bench, backend, tmp_path):
+    if any(next(Path("/dev").glob(name), None) for name in ("nvidia[0-9]*", "dxg", "nv[gh]*", "neuron[0-9]*")):
+        pytest.skip("this machine may have such a device")
+    bench.set("runtime", {"placement": "ray"})
+    bench.set("num_stages", 2)
+    bench.set("fleet.islands.0.backend", backend)
+    bench.set("fleet.islands.0.device", {"cuda": "h100", "neuron": "trn2"}[backend])
+    bench.write_job()
+    bench.refused_untouched("train job.yaml", f"no device for the backend {backend}", "backend: emulated")
+    found = tmp_path / "dev"
+    found.mkdir()
+    for name in ("nvidia0", "neuron0"):
+        (found / name).write_text("")
+    preflight.check_devices([backend, "cpu"], found)
+
+
 def test_a_real_device_that_this_machine_lacks_is_told_by_its_rank(bench):
     import torch
 
