@@ -91,6 +91,10 @@ class ZmqNode(TransportNode):
                 f"rank {peer} at {address} did not come within {timeout_s} s{strangers}", fix="see whether it started"
             )
         with self._engine.lock:
+            if self._closed:
+                # Met while another thread closed the node: an open socket would hold up the context's end.
+                edge.abandon()
+                raise PeerLost(f"this node was closed when rank {peer} came")
             self._edges = [*(kept for kept in self._edges if kept.failure is None), edge]
         return edge
 
@@ -122,6 +126,8 @@ class ZmqNode(TransportNode):
             if welcome is None:
                 return None
             with self._engine.lock:
+                if self._closed:
+                    return None
                 socket = open_edge_socket(self._context, self._options)
                 edge = ZmqTransport(
                     self._engine,
