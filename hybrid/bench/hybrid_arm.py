@@ -104,6 +104,7 @@ class HybridRank(Arm):
         shape = boundary_shape(self._workload.model, self._workload.microbatch)
         x, grad = torch.randn(shape), torch.randn(shape) * 1e-3
         seconds = {Kind.F: 0.0, Kind.B: 0.0}
+        cpu_s = time.process_time()
         for action in self._schedule.actions_of_rank[self._rank]:
             start_s = time.monotonic()
             if action.kind is Kind.F:
@@ -112,10 +113,11 @@ class HybridRank(Arm):
             else:
                 self._compute.backward(action.microbatch, None if self._compute.is_last else grad)
             seconds[action.kind] += time.monotonic() - start_s
+        cpu_s = time.process_time() - cpu_s
         self._compute.take_loss()
         zero_gradients(self.stage)
         num = self._workload.num_microbatches
-        return Alone(forward_s=seconds[Kind.F] / num, backward_s=seconds[Kind.B] / num)
+        return Alone(forward_s=seconds[Kind.F] / num, backward_s=seconds[Kind.B] / num, cpu_s=cpu_s)
 
 
 def _open_emulated(chip: str) -> EmulatedBackend:

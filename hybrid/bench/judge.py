@@ -152,7 +152,11 @@ def _rows_of_round(workload: Workload, each: Round) -> list[Row]:
         _row(workload.name, arm, number, step_s(ran)) | _cost(ran) | {"loss": _numbers(ran)[0]}
         for arm, ran in each.ran_of_arm.items()
     ]
-    rows.append(_row(workload.name, "ideal", number, ideal_s(workload, each.pace)) | asdict(each.pace))
+    rows.append(
+        _row(workload.name, "ideal", number, ideal_s(workload, each.pace))
+        | _cost(each.alone_of_stage)
+        | asdict(each.pace)
+    )
     return rows
 
 
@@ -160,7 +164,7 @@ def _row(part: str, arm: str, number: int | str, seconds: float) -> dict[str, Va
     return {"part": part, "arm": arm, "round": number, "step_s": seconds}
 
 
-def _cost(ran: Sequence[Ran]) -> dict[str, Value]:
+def _cost(ran: Sequence[Ran | Alone]) -> dict[str, Value]:
     return {"cpu_s": sum(rank.cpu_s for rank in ran)}
 
 

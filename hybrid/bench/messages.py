@@ -86,7 +86,9 @@ class RunAlone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alone:
-    """Mean wall seconds of a forward and of a backward."""
+    """Mean wall seconds of a forward and of a backward, and what all of them took."""
 
     forward_s: float
     backward_s: float
+    cpu_s: float
+    """Processor time of all threads of the process."""

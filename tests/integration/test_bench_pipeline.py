@@ -99,7 +99,7 @@ def round_of(number: int, *, torch_s: float, ours_s: float, our_loss: float = 2.
             "torch": [ran(0.5), ran(torch_s, loss=2.0)],
             "ours": [ran(ours_s), ran(0.5, loss=our_loss)],
         },
-        alone_of_stage=[Alone(forward_s=0.01, backward_s=0.02)] * 2,
+        alone_of_stage=[Alone(forward_s=0.01, backward_s=0.02, cpu_s=0.0)] * 2,
     )
 
 
