@@ -280,8 +280,8 @@ _BUILDS: dict[str, dict[str, Callable[[torch.Generator], Inputs]]] = {
         "no positions": _attention(2, 2, 1, 0, 16),
         "odd": _attention(2, 3, 3, 13, 16),
         "grouped": _attention(1, 6, 2, 33, 24),
-        "a power of two": _attention(1, 2, 1, 64, 32),
-        "a tail": _attention(1, 2, 1, 70, 64),
+        "a power of two": _attention(1, 1, 1, 64, 32),
+        "a tail": _attention(1, 2, 1, 70, 16),
         "large scores": _attention(1, 2, 2, 20, 16, scale=50.0),
     },
     "fp8_pack": {

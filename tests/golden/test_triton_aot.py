@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +17,11 @@ import pytest
 
 GOLDEN = Path(__file__).with_name("triton_aot.txt")
 KERNELS = Path(__file__).parents[2] / "kernels"
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (extra `cuda`)")
+WRITTEN_BY = GOLDEN.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("triton ") if GOLDEN.exists() else ""
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None or version("triton") != WRITTEN_BY,
+    reason=f"needs triton {WRITTEN_BY}, which wrote the golden (extra `cuda`): another compiler takes other registers",
+)
 
 
 def compile_all(cache: Path | None, *arguments: str) -> str:
@@ -45,10 +50,10 @@ def test_every_triton_kernel_compiles_without_a_gpu_and_takes_what_the_golden_sa
 
 @needs_triton
 @pytest.mark.timeout(300)
-def test_the_packing_kernels_compile_for_the_h100_and_take_what_the_golden_says(tmp_path: Path) -> None:
-    got = rows_of(compile_all(tmp_path, "--op", "fp8_pack", "--arch", "90"))
+def test_the_optimizer_kernel_compiles_for_the_h100_and_takes_what_the_golden_says(tmp_path: Path) -> None:
+    got = rows_of(compile_all(tmp_path, "--op", "adamw", "--arch", "90"))
     want = [row for row in rows_of(GOLDEN.read_text(encoding="utf-8")) if row[:2] in [r[:2] for r in got]]
-    assert len(got) == 3
+    assert len(got) == 1
     assert got == want
 
 
