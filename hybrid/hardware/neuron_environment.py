@@ -20,7 +20,6 @@ COMPILER_FLAGS = ("--auto-cast=none", "--model-type=transformer")
 """Products stay in the format that the job asks for: parity across vendors needs it."""
 EFA_VARIABLES: Mapping[str, str] = {"FI_PROVIDER": "efa", "FI_EFA_USE_DEVICE_RDMA": "1", "FI_EFA_FORK_SAFE": "1"}
 """What collectives between instances need of libfabric."""
-_LOGICAL_NC_OF_GENERATION: Mapping[str, int] = {"trn2": 2, "trn3": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,17 +42,8 @@ class NeuronProcess:
     """Requests that the runtime queues ahead; None leaves the vendor's default."""
 
 
-def logical_nc_config(generation: str) -> int:
-    """Return how many physical cores a logical one has by default: 2 on Trainium2 and 3, 1 before."""
-    return _LOGICAL_NC_OF_GENERATION.get(generation, 1)
-
-
-def neuron_environment(process: NeuronProcess, *, own_flags: str = "") -> dict[str, str]:
+def neuron_environment(process: NeuronProcess) -> dict[str, str]:
     """Return the variables of a process and their values.
-
-    Args:
-        process: what it drives.
-        own_flags: the user's NEURON_CC_FLAGS; those that name no option of ours are kept.
 
     Raises:
         FleetError: the cores have a gap.
@@ -62,7 +52,7 @@ def neuron_environment(process: NeuronProcess, *, own_flags: str = "") -> dict[s
     found = {
         "NEURON_RT_VISIBLE_CORES": cores_text(process.cores),
         "NEURON_LOGICAL_NC_CONFIG": lnc,
-        "NEURON_CC_FLAGS": _flags((*COMPILER_FLAGS, f"--lnc={lnc}"), own_flags),
+        "NEURON_CC_FLAGS": " ".join((*COMPILER_FLAGS, f"--lnc={lnc}")),
         "NEURON_RT_STOCHASTIC_ROUNDING_EN": "0" if process.stochastic_rounding_seed is None else "1",
         "NEURON_RT_STOCHASTIC_ROUNDING_SEED": str(process.stochastic_rounding_seed or 0),
     }
@@ -190,7 +180,9 @@ def _check_whole_chips(node: str, cores: Sequence[int], sizes: Sequence[int], co
         )
 
 
-def _flags(ours: Sequence[str], own: str) -> str:
-    names = {flag.partition("=")[0] for flag in ours}
+def merged_flags(ours: str, own: str) -> str:
+    """Return our compiler flags and those of the user's NEURON_CC_FLAGS that name no option of ours."""
+    names = {flag.partition("=")[0] for flag in ours.split()}
+    # Both `--lnc 2` and `--lnc=2` are read.
     words = own.replace("--lnc ", "--lnc=").replace("--model-type ", "--model-type=").split()
-    return " ".join((*ours, *(word for word in words if word.partition("=")[0] not in names)))
+    return " ".join((*ours.split(), *(word for word in words if word.partition("=")[0] not in names)))

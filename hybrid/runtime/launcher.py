@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import Any, final
 
 from hybrid.errors import FleetError, MachineError
-from hybrid.hardware.discovery import NodeFacts, ray_bundle
+from hybrid.hardware.bundles import bundles_of_ranks
+from hybrid.hardware.discovery import NodeFacts, devices_seen
 from hybrid.hardware.fleet import Island
+from hybrid.hardware.neuron_environment import GrantedCores
+from hybrid.runtime.device_environment import apply_before_torch, environment_of_ranks
 from hybrid.runtime.placement import OnGone, Placement, WorkerSpec
 
 _CLOSE_TIMEOUT_S = 10.0
+_LOOK_TIMEOUT_S = 60.0
 
 
 @final
@@ -43,7 +47,7 @@ class RayPlacement(Placement):
         job_name: str,
     ) -> None:
         self._islands = tuple(islands)
-        self._bundles = [dict(ray_bundle(island)) for island in islands]
+        self._bundles = bundles_of_ranks(islands)
         self._address, self._timeout_s = address, timeout_s
         self._job_name = job_name
         self._actors: list[Any] = []
@@ -65,7 +69,7 @@ class RayPlacement(Placement):
             self.host = ray.util.get_node_ip_address()
         self._opened = True
         offered = ray.cluster_resources()
-        self._bundles = [dict(ray_bundle(island, offered)) for island in self._islands]
+        self._bundles = bundles_of_ranks(self._islands, offered)
         self._check_resources(offered)
 
     def launch(self, specs: Sequence[WorkerSpec], on_gone: OnGone) -> None:
@@ -74,31 +78,35 @@ class RayPlacement(Placement):
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        self._group = placement_group(self._bundles, strategy="PACK")
+        self._group = placement_group([dict(bundle) for bundle in self._bundles.resources], strategy="PACK")
         try:
             ray.get(self._group.ready(), timeout=self._timeout_s)
         except GetTimeoutError:
             raise MachineError(
                 f"the cluster did not free the devices within {self._timeout_s:.0f} s",
-                value=_total(self._bundles),
+                value=_total(self._bundles.resources),
                 fix="end the job that holds them, or raise runtime.placement_timeout_s",
             ) from None
         actor_class: Any = ray.remote(_WorkerActor)
-        refs: dict[Any, int] = {}
-        for index, spec in enumerate(specs):
-            bundle = dict(self._bundles[index])
+        for spec in specs:
+            share = dict(self._bundles.share_of_rank[spec.rank])
             actor = actor_class.options(
-                num_cpus=bundle.pop("CPU", 0),
-                num_gpus=bundle.pop("GPU", 0),
-                resources=bundle,
+                num_cpus=share.pop("CPU", 0),
+                num_gpus=share.pop("GPU", 0),
+                resources=share,
                 max_restarts=0,
                 name=f"{self._job_name}-{id(self):x}-rank-{spec.rank}",
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=self._group, placement_group_bundle_index=index
+                    placement_group=self._group,
+                    placement_group_bundle_index=self._bundles.bundle_of_rank[spec.rank],
                 ),
             ).remote()
             self._actors.append(actor)
-            refs[actor.run.remote(spec)] = spec.rank
+        variables = environment_of_ranks(specs, self._granted(specs))
+        refs = {
+            actor.run.remote(spec, variables.get(spec.rank, {})): spec.rank
+            for actor, spec in zip(self._actors, specs, strict=True)
+        }
         watcher = threading.Thread(target=self._watch, args=(refs, on_gone), name="ray-watch", daemon=True)
         watcher.start()
 
@@ -118,8 +126,30 @@ class RayPlacement(Placement):
                 remove_placement_group(self._group)
         ray.shutdown()
 
+    def _granted(self, specs: Sequence[WorkerSpec]) -> list[GrantedCores]:
+        """Return which cores Ray gave each rank that drives some."""
+        import ray
+        from ray.exceptions import GetTimeoutError
+
+        asked = {
+            spec.rank: self._actors[place].granted.remote()
+            for place, spec in enumerate(specs)
+            if spec.plan.stages[spec.rank].backend == "neuron"
+        }
+        try:
+            answers = ray.get(list(asked.values()), timeout=self._timeout_s)
+        except GetTimeoutError:
+            raise MachineError(
+                f"the workers on NeuronCores did not start within {self._timeout_s:.0f} s",
+                fix="see Ray's log on their nodes, or raise runtime.placement_timeout_s",
+            ) from None
+        return [
+            GrantedCores(rank=rank, island=self._islands[rank].name, node=node, cores=tuple(cores), free_port=port)
+            for rank, (node, cores, port) in zip(asked, answers, strict=True)
+        ]
+
     def _start_local(self, ray: Any) -> None:
-        total = _total(self._bundles)
+        total = _total(self._bundles.resources)
         num_cpus = max(1, int(total.pop("CPU", 0)))
         num_gpus = int(total.pop("GPU", 0))
         try:
@@ -138,7 +168,7 @@ class RayPlacement(Placement):
             raise MachineError(f"a local Ray did not start: {_first_line(error)}", fix="see `hybrid doctor`") from error
 
     def _check_resources(self, have: Mapping[str, float]) -> None:
-        for name, wanted in sorted(_total(self._bundles).items()):
+        for name, wanted in sorted(_total(self._bundles.resources).items()):
             if have.get(name, 0.0) < wanted:
                 raise FleetError(
                     f"the cluster has {have.get(name, 0.0):g} {name}, the fleet needs {wanted:g}",
@@ -170,9 +200,20 @@ class RayPlacement(Placement):
 class _WorkerActor:
     """The actor: its one long call runs the worker in the actor's main thread."""
 
-    def run(self, spec: WorkerSpec) -> None:
+    def granted(self) -> tuple[str, list[int], int]:
+        """Return the node's address, the NeuronCores that Ray gave this actor, and a port that is free here."""
+        import ray
+
+        cores = ray.get_runtime_context().get_accelerator_ids().get("neuron_cores", [])
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        return ray.util.get_node_ip_address(), sorted(map(int, cores)), port
+
+    def run(self, spec: WorkerSpec, variables: Mapping[str, str]) -> None:
         import dataclasses
 
+        apply_before_torch(variables)
         from hybrid.runtime.worker import run_worker
 
         if not spec.host:
@@ -211,19 +252,48 @@ def join_cluster(address: str, timeout_s: float) -> None:
 
 
 def nodes_of_cluster() -> list[NodeFacts]:
-    """Return the facts of every living node of the joined cluster."""
+    """Return the facts of every living node of the joined cluster.
+
+    Raises:
+        MachineError: a node that offers accelerators did not say in time which it has.
+    """
     import ray
 
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    seen = _devices_of_nodes([node["NodeID"] for node in alive if node["Resources"].keys() & {"GPU", "neuron_cores"}])
     return [
         NodeFacts(
             node_id=node["NodeID"],
             address=node["NodeManagerAddress"],
             resources=dict(node["Resources"]),
             labels=dict(node.get("Labels", {})),
+            seen=seen.get(node["NodeID"], frozenset()),
         )
-        for node in ray.nodes()
-        if node["Alive"]
+        for node in alive
     ]
+
+
+def _devices_of_nodes(node_ids: Sequence[str]) -> dict[str, frozenset[str]]:
+    """Return the accelerators whose device files are on each node: what is declared need not be there."""
+    import ray
+    from ray.exceptions import GetTimeoutError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look: Any = ray.remote(devices_seen)
+    asked = {
+        node_id: look.options(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+        ).remote()
+        for node_id in node_ids
+    }
+    try:
+        return dict(zip(asked, ray.get(list(asked.values()), timeout=_LOOK_TIMEOUT_S), strict=True))
+    except GetTimeoutError:
+        raise MachineError(
+            f"not every node with accelerators answered within {_LOOK_TIMEOUT_S:.0f} s",
+            value=", ".join(node_id[:12] for node_id in asked),
+            fix="see whether the same release of hybrid is installed on every node, and Ray's log there",
+        ) from None
 
 
 def follow_job(address: str, *, entrypoint: str, working_dir: Path, write: Callable[[str], None]) -> int:
