@@ -104,7 +104,7 @@ def fp8_pack(
     total = x.float() if error is None else x.float() + error
     num_elements = total.numel()
     num_blocks = -(-num_elements // block_size)
-    padded = torch.zeros(num_blocks, block_size)
+    padded = torch.zeros(num_blocks, block_size, device=total.device)
     padded.view(-1)[:num_elements] = total
     # A maximum must carry NaN: torch.amax does.
     amax = padded.abs().amax(dim=1)
@@ -140,7 +140,9 @@ def round_stochastically(scaled: Tensor, *, seed: int, start: int = 0) -> Tensor
     magnitude = scaled.abs()
     _, exponent = torch.frexp(magnitude)
     spacing = torch.ldexp(torch.ones_like(scaled), (exponent - 1).clamp(min=-6) - 3)
-    steps = torch.floor(magnitude / spacing + random_fraction(scaled.numel(), seed=seed, start=start))
+    # The hash needs 64-bit integers, which not every device has: it is the host's.
+    fraction = random_fraction(scaled.numel(), seed=seed, start=start).to(scaled.device)
+    steps = torch.floor(magnitude / spacing + fraction)
     return torch.copysign(steps * spacing, scaled)
 
 
