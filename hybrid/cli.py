@@ -1,4 +1,4 @@
-"""The command line: `hybrid doctor | plan | train | submit | bench | export`.
+"""The command line: `hybrid doctor | plan | train | submit | bench | export | validate`.
 
 Thin: parses words, calls `hybrid.commands`, turns errors into one line and an exit code. Imports neither torch nor
 Ray nor pydantic before a command needs them, so that `hybrid --help` answers at once.
@@ -112,6 +112,21 @@ def export(
     from hybrid.commands.export import run_export
 
     run_export(run, to=to)
+
+
+@app.command()
+def validate(
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or neuron.")],
+    chip: Annotated[str | None, typer.Option("--chip", help="The catalog's name of it: h100, trn2, …")] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="Write the report (JSON) to send back.")] = None,
+    fake: Annotated[bool, typer.Option("--fake", help="Run on the fake neuron device; the report says so.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer formats, smaller timings.")] = False,
+    json: Json = False,
+) -> None:
+    """Run the kits, kernels, numerics, a two-stage job and timings on a real device."""
+    from hybrid.commands.validate import run_validate
+
+    raise typer.Exit(run_validate(device, chip=chip, to=to, fake=fake, quick=quick, as_json=json))
 
 
 @bench_app.command("pipeline")

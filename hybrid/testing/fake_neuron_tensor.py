@@ -59,7 +59,18 @@ _INT64_MAY = {
         "topk",
     ),
     *("_to_copy", "_unsafe_view", "_reshape_alias", "cat", "lift_fresh", "scalar_tensor", "transpose", "unbind"),
-    *("unsqueeze", "view", "zero_", "zeros", "zeros_like", "random_", "_local_scalar_dense", "max", "nll_loss_forward"),
+    *(
+        "unsqueeze",
+        "view",
+        "where",
+        "zero_",
+        "zeros",
+        "zeros_like",
+        "random_",
+        "_local_scalar_dense",
+        "max",
+        "nll_loss_forward",
+    ),
 }
 
 
