@@ -45,7 +45,6 @@ HELLO = Hello(rank=0, token=b"t", pid=1, host="here", address="tcp://127.0.0.1:1
 
 def test_every_message_has_a_name_on_the_wire():
     assert {cls.__name__ for cls in CLASSES} == set(messages._TYPES)
-    assert len(CLASSES) == 13
 
 
 @given(MESSAGES)
