@@ -37,7 +37,9 @@ class LinkModel:
             fact = "a link needs one of bytes_per_s, points and polynomial"
             raise FleetError(fact, value=f"{given} of them", fix="give exactly one")
         if self.latency_s < 0 or (self.bytes_per_s is not None and self.bytes_per_s <= 0) or self.shared_by < 1:
-            raise FleetError("a link's numbers are out of range", valid="latency from 0, bandwidth above 0, sharers from 1")
+            raise FleetError(
+                "a link's numbers are out of range", valid="latency from 0, bandwidth above 0, sharers from 1"
+            )
 
     def bandwidth(self, size_bytes: Array) -> Array:
         """Return the bytes/s that messages of these sizes get alone.

@@ -42,6 +42,7 @@ class OptionTable:
 
     def __init__(self, problem: Problem, microbatch: int) -> None:
         self.problem, self.microbatch = problem, microbatch
+        self._reductions: dict[int, Array] = {}
         self.options = tuple(_options(problem, microbatch))
         self.num_layers = problem.table.num_layers
         self.pool_of = np.array([option.pool for option in self.options], dtype=np.intp)
@@ -137,7 +138,11 @@ class OptionTable:
         return found
 
     def reduce_s(self, num_replicas: int) -> Array:
-        """Return the seconds in which a stage's gradients are reduced over so many replicas of its own pool.
+        """Return the seconds in which a stage's gradients are reduced over so many replicas.
+
+        At one site a ring or two trees over the slowest link that the site's pools have among them; between sites
+        each chip then exchanges its share of the shard with its peers. Infinite where a link is missing. Sailor's
+        law looks at the pool's own link alone (its uniform plans are costed whole, by their members).
 
         Shapes:
             returns: (options, layers + 1, layers + 1)
@@ -145,22 +150,35 @@ class OptionTable:
         found = np.zeros_like(self.shard_bytes)
         if num_replicas <= 1:
             return found
+        pools = self.problem.pools
+        num_sites = len({pool.site for pool in pools})
+        local = max(1, num_replicas // num_sites)
         for index, option in enumerate(self.options):
-            pool = self.problem.pools[option.pool]
-            link = self.problem.link(pool, pool)
-            if link is None:
-                found[index] = np.inf
-                continue
+            pool = pools[option.pool]
             sizes, place = self._shards[index]
-            seconds = reduce_seconds(
-                link,
-                sizes,
-                num_replicas * option.width,
-                bucket_bytes=self.problem.reduce_bucket_bytes,
-                sharers=pool.node_size,
-            )
-            found[index] = seconds[place]
+            worst = np.zeros_like(sizes)
+            for other in (pool,) if self.problem.vocabulary.step_law == "sailor" else pools:
+                link = self.problem.link(pool, other)
+                if link is None:
+                    worst = np.full_like(sizes, np.inf)
+                elif other.site == pool.site:
+                    worst = np.maximum(worst, self._ring_s(link, sizes, local * option.width, pool.node_size))
+            slow = np.zeros_like(sizes)
+            for other in pools:
+                link = self.problem.link(pool, other) if other.site != pool.site else None
+                if link is not None:
+                    slow = np.maximum(slow, self._ring_s(link, sizes / local, num_sites, pool.node_size))
+            found[index] = (worst + slow)[place]
         return found
+
+    def reduce_s_cached(self, num_replicas: int) -> Array:
+        """Return `reduce_s`, computed once for each number of replicas."""
+        if num_replicas not in self._reductions:
+            self._reductions[num_replicas] = self.reduce_s(num_replicas)
+        return self._reductions[num_replicas]
+
+    def _ring_s(self, link: LinkModel, sizes: Array, ranks: int, sharers: int) -> Array:
+        return reduce_seconds(link, sizes, ranks, bucket_bytes=self.problem.reduce_bucket_bytes, sharers=sharers)
 
     def pipelines(self, chosen: Ints, bounds: Ints) -> Pipelines:
         """Return the seconds of N pipelines.

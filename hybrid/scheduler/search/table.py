@@ -84,7 +84,9 @@ class ProfileTable:
     @property
     def label(self) -> str:
         """The source as every output prints it."""
-        return f"{self.source}, uncalibrated: {self.note}" if self.source == "analytic" else f"{self.source}: {self.note}"
+        return (
+            f"{self.source}, uncalibrated: {self.note}" if self.source == "analytic" else f"{self.source}: {self.note}"
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -103,5 +105,9 @@ class ProfileTable:
 def _check_length(values: tuple[object, ...], wanted: int, where: str) -> None:
     if len(values) != wanted:
         raise PlanError(
-            "a row a layer is needed", value=len(values), valid=str(wanted), where=where, fix="give every layer's number"
+            "a row a layer is needed",
+            value=len(values),
+            valid=str(wanted),
+            where=where,
+            fix="give every layer's number",
         )

@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
+from hybrid.scheduler.search.cheapest import Cheapest, price_grid
 from hybrid.scheduler.search.links import reduce_seconds
 from hybrid.scheduler.search.members import split_members
 from hybrid.scheduler.search.options import GRADIENT_BYTES, Array, OptionTable
@@ -76,14 +76,14 @@ def search_uniform(problem: Problem) -> UniformPlan | None:
     """
     tables = [OptionTable(problem, size) for size in problem.vocabulary.microbatches]
     tables = [table for table in tables if table.options]
-    layers = problem.table.num_layers
+    layers, prices = problem.table.num_layers, price_grid(problem)
     coarse = np.unique(np.linspace(0, layers, min(layers, _COARSE_CUTS) + 1).round().astype(np.intp))
-    searches = [_Search(problem, table, coarse) for table in tables]
+    searches = [_Search(problem, table, coarse, prices) for table in tables]
     pairs = [(search, m) for search in searches for m in search.counts()]
     # Stages of middling length first: a good plan early prunes the rest.
     pairs.sort(key=lambda pair: abs(math.log(pair[1] * pair[0].table.microbatch / math.sqrt(problem.global_batch))))
     best = _improve(None, pairs, _STEPS_DOWN[0])
-    fine = [_Search(problem, table, np.arange(layers + 1)) for table in tables]
+    fine = [_Search(problem, table, np.arange(layers + 1), prices) for table in tables]
     if best is None:
         return _improve(None, [(search, m) for search in fine for m in search.counts()], _STEPS_DOWN[0])
     near = [
@@ -106,37 +106,8 @@ def _improve(best: UniformPlan | None, pairs: list[tuple[_Search, int]], step_do
     return best
 
 
-class _Search:
-    """One microbatch size, cuts at some of the layers."""
-
-    def __init__(self, problem: Problem, table: OptionTable, cuts: NDArray[np.intp]) -> None:
-        self.problem, self.table, self.cuts = problem, table, cuts
-        self.shares = _SHARES if len(cuts) > table.num_layers else _SHARES[:1]
-        self.reductions: dict[int, Array] = {}
-        layers, runs = len(cuts) - 1, np.ix_(range(len(table.options)), cuts, cuts)
-        self.depth = min(problem.vocabulary.max_stages, layers)
-        valid = np.tri(layers + 1, k=-1, dtype=bool).T
-        self.fits = np.stack([table.fits(j)[runs] & valid for j in range(1, self.depth + 1)])
-        own = np.arange(len(table.options))
-        every = table.edge_s[own, own]  # (options, layers + 1)
-        edge, back = every[:, cuts], every[:, np.minimum(cuts + 1, table.num_layers)]
-        self.stage_s = (table.forward_s + table.backward_s)[runs]
-        send_s, return_s = edge[:, None, :], back[:, :, None]
-        self.ends_s = {
-            "only": self.stage_s,
-            "last": self.stage_s + 2 * return_s,
-            "inner": self.stage_s + send_s + return_s,
-            "first": self.stage_s + send_s,
-            "first of many": self.stage_s + 2 * send_s,
-        }
-        self.least_s = _least_seconds(self.stage_s, layers)
-        self.prices = _price_grid(problem)
-        self.worth = self.prices @ np.array([pool.num_chips for pool in problem.pools], dtype=np.float64)
-        # Chip-seconds of a sample at each price: what D replicas need, whatever their cuts.
-        layers_s = self.stage_s[:, np.arange(layers), np.arange(layers) + 1]
-        work = (self.prices[:, table.pool_of] * table.chips)[:, :, None] * layers_s
-        self.pace_of_replica_s = float((work.min(axis=1).sum(axis=1) / self.worth).max())
-        self.of_pool = [np.flatnonzero(table.pool_of == pool) for pool in range(len(problem.pools))]
+class _Search(Cheapest):
+    """Uniform plans of one microbatch size."""
 
     def counts(self) -> Iterator[int]:
         """Yield the numbers of microbatches worth trying: one for each number of replicas that differs."""
@@ -155,78 +126,26 @@ class _Search:
         least_pace_s = replicas * self.pace_of_replica_s
         if target_s <= max(self.least_s, num_microbatches * least_pace_s):
             return None
-        limit_s = target_s - self.table.update_s[:, None, None] - self._reduce_s(replicas)
+        limit_s = target_s - self.table.update_s[:, None, None] - self.reduce_s(replicas)
         bound_s = limit_s / num_microbatches
         if num_microbatches > 1:
             bound_s = np.minimum(bound_s, (limit_s - self.least_s) / (num_microbatches - 1))
-        chips = self._chips(self.fits & (self.stage_s <= bound_s))
-        if self._cheapest(chips, replicas, bound=True) is None:
+        chips = self.chips(self.fits & (self.stage_s <= bound_s))
+        if self.cheapest(chips, replicas, bound=True) is None:
             return None
+        shares = _SHARES if len(self.cuts) > self.table.num_layers else _SHARES[:1]
         for depth in range(1, self.depth + 1):
-            if least_pace_s * (num_microbatches + depth - 1) + self._least_reduce_s(replicas, depth) > target_s:
+            if least_pace_s * (num_microbatches + depth - 1) + self.least_reduce_s(replicas, depth) > target_s:
                 continue
-            for share in self.shares if depth > 1 else (1.0,):
+            for share in shares if depth > 1 else (1.0,):
                 pace_s = limit_s / (num_microbatches + share * (depth - 1))
-                allowed = np.stack([self._seconds(depth, j) <= pace_s for j in range(1, depth + 1)])
-                chips = self._chips(self.fits[:depth] & allowed)
-                for bounds in self._cheapest(chips, replicas, bound=False) or ():
+                allowed = np.stack([self.seconds(depth, j) <= pace_s for j in range(1, depth + 1)])
+                chips = self.chips(self.fits[:depth] & allowed)
+                for bounds in sorted({cuts for _, cuts in self.cheapest(chips, replicas, bound=False) or ()}):
                     plan = self._place(bounds, chips, num_microbatches, replicas)
                     if plan is not None and plan.step_s < target_s:
                         return plan
         return None
-
-    def _reduce_s(self, replicas: int) -> Array:
-        if replicas not in self.reductions:
-            size = np.ix_(range(len(self.table.options)), self.cuts, self.cuts)
-            self.reductions[replicas] = self.table.reduce_s(replicas)[size]
-        return self.reductions[replicas]
-
-    def _least_reduce_s(self, replicas: int, depth: int) -> float:
-        """Return a bound: some stage has its share of the model or more, on no more than the most lanes."""
-        whole = self._reduce_s(replicas)[:, 0, -1]
-        return float(whole.min()) / depth
-
-    def _seconds(self, depth: int, position: int) -> Array:
-        """Return compute plus communication with equals, of a stage `position` from the end of `depth`."""
-        if depth == 1:
-            return self.ends_s["only"]
-        if position == depth:
-            return self.ends_s["first" if depth <= 3 else "first of many"]
-        return self.ends_s["last" if position == 1 else "inner"]
-
-    def _chips(self, allowed: NDArray[np.bool_]) -> Array:
-        """Return the fewest chips of each pool that hold a run of layers at each position from the end.
-
-        Shapes:
-            allowed: (positions, options, layers + 1, layers + 1).  returns: (positions, pools, …)
-        """
-        fewest = np.full((len(allowed), len(self.of_pool), *allowed.shape[2:]), np.inf, dtype=np.float32)
-        for pool, options in enumerate(self.of_pool):
-            for index in options[np.argsort(-self.table.chips[options])]:
-                fewest[:, pool][allowed[:, index]] = self.table.chips[index]
-        return fewest
-
-    def _cheapest(self, chips: Array, replicas: int, *, bound: bool) -> list[tuple[int, ...]] | None:
-        """Return the cheapest cuts at every price, or None where some price shows that there are none.
-
-        As a bound, any depth up to the last will do and no cuts are returned.
-        """
-        num_prices, size = len(self.prices), len(self.cuts)
-        values = np.full((len(chips) + 1, num_prices, size), np.inf, dtype=np.float32)
-        values[0, :, -1] = 0.0
-        priced = []
-        for position, fewest in enumerate(chips):
-            price = self.prices[:, 0, None, None] * fewest[0]
-            for pool in range(1, len(fewest)):
-                price = np.minimum(price, self.prices[:, pool, None, None] * fewest[pool])
-            priced.append(price)
-            values[position + 1] = (price + values[position, :, None, :]).min(axis=2)
-        final = values[1:, :, 0].min(axis=0) if bound else values[-1, :, 0]
-        if np.any(final * replicas > self.worth * (1 + 1e-6)):
-            return None
-        if bound:
-            return []
-        return sorted({_bounds(priced, values, row) for row in range(num_prices)})
 
     def _place(
         self, bounds: tuple[int, ...], fewest: Array, num_microbatches: int, replicas: int
@@ -293,7 +212,7 @@ def uniform_step_seconds(problem: Problem, plan: UniformPlan) -> float:
 def _ring_seconds(problem: Problem, groups: tuple[Members, ...], shard: float, replicas: int) -> float:
     pools = problem.pools
     pairs = [(g.pool, g.pool) for g in groups if g.count > 1]
-    pairs += [(a.pool, b.pool) for a, b in zip(groups, groups[1:], strict=False)]
+    pairs += [(a.pool, b.pool) for a, b in pairwise(groups)]
     slowest = 0.0
     for a, b in pairs:
         link = problem.link(pools[a], pools[b])
@@ -324,28 +243,3 @@ def _edge_seconds(problem: Problem, plan: UniformPlan, stage: int, peer: int, la
         if not other_left:
             other_place += 1
             other_left = there[other_place].count
-
-
-def _price_grid(problem: Problem) -> Array:
-    """Return price vectors of the pools, scaled to the largest being 1: mixes of powers of two, and each pool alone."""
-    count = len(problem.pools)
-    powers = (-3.0, -2.0, -1.5, -1.0, -0.5, 0.0) if count <= 2 else (-3.0, -1.5, 0.0)
-    grid = {mix for mix in product(powers, repeat=count) if max(mix) == 0.0}
-    if count == 2:
-        grid -= {mix for mix in grid if mix[0] in (-3.0, -1.5, -0.5) or mix[1] == -0.5}
-    grid |= {tuple(0.0 if i == j else -12.0 for j in range(count)) for i in range(count)}
-    return np.asarray(2.0 ** np.array(sorted(grid), dtype=np.float64)).astype(np.float32)
-
-
-def _bounds(priced: list[Array], values: Array, row: int) -> tuple[int, ...]:
-    """Return the cheapest cuts at one price."""
-    bounds = [0]
-    for position in range(len(priced), 0, -1):
-        bounds.append(int(np.argmin(priced[position - 1][row, bounds[-1]] + values[position - 1, row])))
-    return tuple(bounds)
-
-
-def _least_seconds(stage_s: Array, num_layers: int) -> float:
-    """Return the least compute of one microbatch: every layer on the option that is fastest at it."""
-    layers = np.arange(num_layers)
-    return float(stage_s[:, layers, layers + 1].min(axis=0).sum())

@@ -1,0 +1,86 @@
+"""Generate: the promising columns of a large problem, by pricing.
+
+Pure. For a step's length, a dynamic program over layers finds, at every price of the pools, the cheapest replica
+that takes m microbatches of b samples in that time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hybrid.scheduler.search.cheapest import Cheapest
+from hybrid.scheduler.search.columns import Column, measure_columns
+from hybrid.scheduler.search.options import Array, Ints, OptionTable
+
+DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+
+
+class Generator:
+    """Columns of one microbatch size, cuts at some of the layers."""
+
+    def __init__(self, table: OptionTable, cuts: Ints, prices: Array) -> None:
+        self.table = table
+        self.cheapest = Cheapest(table.problem, table, cuts, prices)
+        every = np.arange(len(cuts) - 1)
+        self.hardest_s = float(self.cheapest.stage_s[:, every, every + 1].min(axis=0).max())
+        """No stage is shorter than the longest layer on the option that is fastest at it."""
+        self.seen: set[tuple[object, ...]] = set()
+
+    def columns(self, target_s: float, num_replicas: int, counts: Ints, prices: Array) -> list[Column]:
+        """Return columns that were not returned before.
+
+        Args:
+            target_s: seconds of a step.
+            num_replicas: about how many reduce together.
+            counts: numbers of microbatches to try.
+            prices: of the pools, one row a set.
+        """
+        kernel, table = self.cheapest, self.table
+        kernel.price_at(prices)
+        limit_s = target_s - table.update_s[:, None, None] - kernel.reduce_s(num_replicas)
+        longest_s = float(limit_s.max())
+        found: dict[int, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+        for depth in [depth for depth in DEPTHS if depth <= kernel.depth]:
+            seconds = [kernel.seconds(depth, j) for j in range(1, depth + 1)]
+            for count in counts:
+                if longest_s < self.hardest_s * (count + depth - 1):
+                    break
+                pace_s = limit_s / (count + depth - 1)
+                allowed = kernel.fits[:depth] & np.stack([stage_s <= pace_s for stage_s in seconds])
+                for row, places in kernel.cheapest(kernel.chips(allowed), 0, bound=False) or ():
+                    chosen = kernel.options_of(allowed, places, row)
+                    bounds = tuple(int(kernel.cuts[place]) for place in places)
+                    if (chosen, bounds) not in self.seen:
+                        self.seen.add((chosen, bounds))
+                        found.setdefault(depth, []).append((chosen, bounds))
+        columns = []
+        for depth, shapes in found.items():
+            grid = np.array(sorted({1, 2, depth, 2 * depth, 3 * depth + 2}))
+            columns += measure_columns(
+                table,
+                np.array([chosen for chosen, _ in shapes], dtype=np.intp),
+                np.array([bounds for _, bounds in shapes], dtype=np.intp),
+                grid,
+                capped=False,
+            )
+        return columns
+
+
+def samples_in(columns: list[Column], seconds: Array, most: int) -> Array:
+    """Return how many samples each column takes in so many seconds, from its known steps and their last pace.
+
+    Shapes:
+        seconds: (columns,).  returns: (columns,)
+    """
+    taken = np.zeros(len(columns))
+    for row, column in enumerate(columns):
+        known, counts, left = column.seconds, column.counts, seconds[row]
+        if left < known[0]:
+            continue
+        if len(known) == 1 or left < known[-1]:
+            count = np.interp(left, known, counts)
+        else:
+            pace = (known[-1] - known[-2]) / (counts[-1] - counts[-2])
+            count = counts[-1] + (left - known[-1]) / pace
+        taken[row] = column.samples * min(np.floor(count + 1e-9), -(-most // column.samples))
+    return taken

@@ -1,0 +1,134 @@
+"""Refusals: what must change, and by how much, where no plan is found.
+
+Pure.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hybrid.errors import FleetError, PlanError
+from hybrid.scheduler.search.choice import Choice
+from hybrid.scheduler.search.columns import Column
+from hybrid.scheduler.search.options import OptionTable
+from hybrid.scheduler.search.problem import Problem
+
+
+def check_hopes(problem: Problem) -> None:
+    """Refuse a problem whose smallest stage fits nowhere, before any search.
+
+    Raises:
+        PlanError: a single layer at the smallest microbatch does not fit on any chip; says by how many bytes.
+    """
+    tables = [OptionTable(problem, size) for size in problem.vocabulary.microbatches]
+    tables = [table for table in tables if table.options]
+    if not tables:
+        have = sorted({(chip, degree, size) for chip, degree, size in problem.table.cells})
+        fix = "add a microbatch or a degree that the profile has to the vocabulary"
+        raise PlanError("the profile has no cell that the vocabulary and the fleet's nodes allow", valid=have, fix=fix)
+    layers = np.arange(problem.table.num_layers)
+    lacks = []
+    for table in tables:
+        needed = (table.base_bytes + table.held_bytes)[:, layers, layers + 1] - table.limit_bytes[:, None]
+        best = needed.min(axis=0)  # by layer: the option that comes closest
+        lacks.append((float(best.max()), int(best.argmax()), table))
+    lack, layer, table = min(lacks, key=lambda entry: entry[0])
+    if lack > 0:
+        option = int((table.base_bytes + table.held_bytes)[:, layer, layer + 1].argmin())
+        raise _does_not_fit(problem, f"layer {layer} alone", lack, table.options[option].pool)
+
+
+def _does_not_fit(problem: Problem, what: str, lack: float, pool: int) -> PlanError:
+    missing = round(lack)
+    margin = problem.memory.margin
+    more = round(lack / (1 - margin)) if margin < 1 else missing
+    return PlanError(
+        f"the model fits nowhere: {what} misses {missing:,} bytes ({missing / 2**30:.3f} GiB) on the chip that comes "
+        f"closest, {problem.pools[pool].chip} of pool {problem.pools[pool].name}, with a margin of {margin:.0%}",
+        fix=f"give its chips {more:,} bytes more, or add a larger chip, a higher degree or a smaller microbatch",
+    )
+
+
+def refusal(problem: Problem, columns: list[Column], choices: list[Choice] | None = None) -> Exception:
+    """Return the error of a search that found nothing: memory, a link, or a limit, with the number."""
+    if choices:
+        return _limit(problem, [choice for choice in choices if np.isfinite(choice.step_s)] or choices)
+    missing = _missing_link(problem)
+    if not columns:
+        return missing or _deepest(problem)
+    if missing is not None and all(not np.isfinite(column.seconds).any() for column in columns):
+        return missing
+    fleet = ", ".join(f"{pool.num_chips} of {pool.chip}" for pool in problem.pools)
+    least = min(columns, key=lambda column: sum(column.chips))
+    return PlanError(
+        f"no replica fits on the fleet ({fleet}); the smallest needs {sum(least.chips)} chips",
+        fix=f"add {max(1, sum(least.chips) - sum(p.num_chips for p in problem.pools))} chips or relax the limits",
+    )
+
+
+def _missing_link(problem: Problem) -> FleetError | None:
+    pools = problem.pools
+    for index, a in enumerate(pools):
+        for b in pools[index:]:
+            if problem.link(a, b) is None:
+                place = f"inside {a.name}" if a is b else f"between {a.name} and {b.name}"
+                return FleetError(
+                    f"the network has no link {place}, and every plan needs it", fix=f"add one link {place}"
+                )
+    return None
+
+
+def _deepest(problem: Problem) -> PlanError:
+    """Return how much the best split on all chips misses, one stage a chip, at the smallest microbatch."""
+    microbatch = min(problem.vocabulary.microbatches)
+    table = OptionTable(problem, microbatch)
+    parameters = table.base_bytes[:, 0, -1] + table.held_bytes[:, 0, -1]
+    have = sum(
+        pool.num_chips * float(table.limit_bytes[table.pool_of == index].max())
+        for index, pool in enumerate(problem.pools)
+        if np.any(table.pool_of == index)
+    )
+    unsplit = np.array([option.degree for option in table.options])
+    need = float((parameters * unsplit).min())
+    # Even where the sum suffices, layers do not divide; the largest shortage of one cut is then what is missing.
+    lack = need - have
+    if lack > 0:
+        return PlanError(
+            f"the model fits nowhere: it needs {round(need):,} bytes and the fleet has {round(have):,} free",
+            fix=f"add {round(lack):,} bytes ({lack / 2**30:.3f} GiB) of memory, or a smaller microbatch or model",
+        )
+    chips = table.problem.pools[int(table.pool_of[0])]
+    share = need / sum(pool.num_chips for pool in problem.pools)
+    return PlanError(
+        f"no split of the layers fits, although their sum does: {round(need):,} bytes of {round(have):,}",
+        fix=f"give each chip of {chips.name} {round(share):,} bytes more, or add a chip",
+    )
+
+
+def _limit(problem: Problem, choices: list[Choice]) -> PlanError:
+    """Return which limit the closest choice breaks and by how much."""
+    limits = problem.limits
+    fastest = min(choices, key=lambda choice: choice.step_s)
+    wanted = limits.wanted_tokens_per_s
+    if wanted > fastest.tokens_per_s:
+        name = "min_tokens_per_s" if limits.min_tokens_per_s == wanted else "deadline_s"
+        lower = fastest.tokens_per_s
+        fix = f"lower min_tokens_per_s by {wanted - lower:,.1f} to {lower:,.1f}"
+        if name == "deadline_s" and limits.total_tokens is not None and limits.deadline_s is not None:
+            least = limits.total_tokens / lower
+            fix = f"move deadline_s by {least - limits.deadline_s:,.0f} s to {least:,.0f} s"
+        caps = [n for n in ("max_usd_per_hour", "max_watts") if getattr(limits, n) is not None]
+        also = f", or raise {' or '.join(caps)}" if caps else ""
+        fact = f"no plan meets {name}: the fastest reaches {lower:,.1f} tokens/s, {wanted:,.1f} are wanted"
+        return PlanError(fact, value=wanted, valid=f"at most {lower:,.1f} tokens/s", fix=fix + also)
+    for name, value in (("max_usd_per_hour", "usd_per_hour"), ("max_watts", "watts")):
+        limit = getattr(limits, name)
+        least = min(getattr(choice, value) for choice in choices)
+        if limit is not None and least > limit:
+            return PlanError(
+                f"no plan keeps to {name}: the cheapest that was found needs {least:,.2f}",
+                value=limit,
+                valid=f"{least:,.2f} or more",
+                fix=f"raise {name} by {least - limit:,.2f}",
+            )
+    return PlanError("no plan keeps to all limits together", fix="relax one of them")
