@@ -28,12 +28,13 @@ def bundles_of_ranks(islands: Iterable[Island], cluster_resources: Collection[st
     resources: list[Mapping[str, float]] = []
     bundle_of_rank: list[int] = []
     shares: list[Mapping[str, float]] = []
-    last, free = "", 0
+    last: Island | None = None
+    free = 0
     for island in islands:
         bundle = ray_bundle(island, cluster_resources)
-        if island.name != last or not free:
+        if island != last or not free:
             resources.append(bundle)
-            last, free = island.name, island.ranks_per_chip
+            last, free = island, island.ranks_per_chip
         free -= 1
         bundle_of_rank.append(len(resources) - 1)
         shares.append({name: amount / island.ranks_per_chip for name, amount in bundle.items()})
