@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import platform
 import sys
@@ -14,7 +13,7 @@ from importlib import metadata
 from rich.console import Console
 from rich.table import Table
 
-from hybrid.errors import HybridError
+from hybrid.errors import HybridError, MachineError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +41,7 @@ def run_doctor(*, as_json: bool) -> int:
         ("transport zmq-tcp", lambda: _transport("zmq-tcp")),
         ("real CUDA device", _cuda),
         ("real Trainium device", _neuron),
+        ("Trainium's environment", _neuron_environment),
     ]
     findings = [_try(name, check) for name, check in checks]
     failed = [finding for finding in findings if finding.status == "FAIL"]
@@ -57,7 +57,7 @@ def run_doctor(*, as_json: bool) -> int:
     console.print(table)
     console.print(
         "Emulated chips are the CPU's mathematics at a chip's pace, memory and formats. "
-        "The cuda and neuron backends are not part of this release; nothing has run on a GPU or a Trainium yet.",
+        "The cuda and neuron backends have run on stand-ins only, on no GPU and no Trainium yet: docs/hardware.md.",
         soft_wrap=True,
     )
     return 1 if failed else 0
@@ -121,16 +121,26 @@ def _cuda() -> str:
 
     if not torch.cuda.is_available():
         raise _Absent("no CUDA device; emulate one: `device: h100`")
-    x = torch.arange(1, 1001, dtype=torch.float32, device="cuda")
-    return f"{torch.cuda.get_device_name()}: summed 1 to 1000 = {x.sum().item():.0f} (not used: no cuda backend yet)"
+    return f"{torch.cuda.get_device_name()}: {_backend('cuda', 'h100')}; try `hybrid validate --device cuda`"
 
 
 def _neuron() -> str:
-    if importlib.util.find_spec("torch_neuronx") is None:
+    import torch
+
+    from hybrid.backends.neuron_packages import found_packages, why_not_loaded
+
+    packages = found_packages()
+    if not hasattr(torch, "neuron"):
+        fact, fix = why_not_loaded(packages)
+        if packages:  # something of the vendor's name is here and does not work
+            raise MachineError(fact, fix=fix)
         raise _Absent("torch-neuronx is not installed; emulate a chip: `device: trn2`")
-    version = metadata.version("torch-neuronx")
-    if int(version.split(".")[0]) < 2:
-        raise RuntimeError(
-            f"torch-neuronx {version} is a placeholder; install 2.13.3 or later from the vendor's own index"
-        )
-    raise _Absent(f"torch-neuronx {version} is installed, but there is no neuron backend yet")
+    versions = ", ".join(f"{package.name} {package.version}" for package in packages)
+    return f"{versions}: {_backend('neuron', 'trn2')}; try `hybrid validate --device neuron`"
+
+
+def _neuron_environment() -> str:
+    from hybrid.hardware.neuron_environment import NeuronProcess, neuron_environment
+
+    found = neuron_environment(NeuronProcess(cores=(0,), physical_cores_a_logical=2))
+    return "set for each process before torch is imported: " + ", ".join(f"{key}={found[key]}" for key in found)

@@ -26,7 +26,7 @@ from hybrid.runtime.device_environment import apply_before_torch
 DEVICES = ("cpu", "cuda", "neuron")
 _DEFAULT_CHIP: Mapping[str, str] = {"cpu": "cpu", "cuda": "h100", "neuron": "trn2"}
 _VARIABLES = (
-    *("NEURON_RT_VISIBLE_CORES", "NEURON_LOGICAL_NC_CONFIG", "NEURON_CC_FLAGS", "NEURON_RT_ROOT_COMM_ID"),
+    *("NEURON_RT_VISIBLE_CORES", "NEURON_LOGICAL_NC_CONFIG", "NEURON_CC_FLAGS"),
     *("NEURON_RT_STOCHASTIC_ROUNDING_EN", "NEURON_RT_STOCHASTIC_ROUNDING_SEED", "TORCH_NEURONX_NEFF_CACHE_DIR"),
     *(
         "TORCH_DEVICE_BACKEND_AUTOLOAD",

@@ -4,11 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from hybrid.commands.job import fleet_of, plan_of
+from hybrid.config import parse_job
+from hybrid.observe.events import Event, PhaseEvent, StepEvent
+from hybrid.runtime.local import ThreadPlacement
+from hybrid.runtime.trainer import train
 
 PROGRAM = Path(__file__).parent / "mixed_devices_job.py"
 
@@ -50,6 +57,42 @@ def test_a_mixed_job_over_processes_has_the_losses_of_the_reference(
     precision: str, relative: float, tmp_path: Path
 ) -> None:
     _check(_run(tmp_path, precision, "processes"), relative)
+
+
+def test_a_job_that_compiles_ahead_tells_what_is_compiled_and_trains_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYBRID_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("\n".join(f"line {i} of {i * i % 97}" for i in range(4000)))
+    losses: list[list[float]] = []
+    phases: list[str] = []
+    for compile_stages in (False, True):
+        job = parse_job(
+            {
+                "model": {"num_blocks": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2}
+                | {"intermediate_size": 48, "vocab_size": 320, "sequence_length": 16},
+                "data": {"source": "text", "path": str(tmp_path / "text.txt"), "held_out_share": 0.1},
+                "batch": {"global_batch": 4, "microbatch": 2},
+                "steps": 3,
+                "fleet": {"islands": [{"name": "a", "device": "trn2", "count": 2}]},
+                "emulation": {"pace": False},
+                "runtime": {"placement": "threads", "transport": "inproc", "compile": compile_stages},
+                "runs_dir": str(tmp_path / "runs"),
+            }
+        )
+        job, fleet = fleet_of(job, None)
+        events: list[Event] = []
+        placement = ThreadPlacement(threads_per_rank=1)
+        plan = plan_of(job, fleet)
+        train(job, fleet, plan, placement, resume=None, sink=events.append, started_s=time.monotonic())
+        losses.append([event.loss for event in events if isinstance(event, StepEvent)])
+        phases = [event.name for event in events if isinstance(event, PhaseEvent)]
+    assert losses[0] == losses[1]
+    assert len(losses[1]) == 3
+    told = [name for name in phases if " compiled " in name]
+    assert {name.partition(" compiled ")[0] for name in told} == {"rank 0", "rank 1"}
+    assert len(told) == 4
+    assert phases.index("stages built and warm") > max(phases.index(name) for name in told)
 
 
 def test_block_squares_are_the_norm_in_float64() -> None:
