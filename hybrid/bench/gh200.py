@@ -2,8 +2,8 @@
 
 Pure: takes parsed JSON. Nothing here is fitted to the fifteen; each constant names its source, and docs/simulator.md
 says what is known of it and where the model falls short. What was measured (read in eth-easl/sailor, commit cf2c8e3):
-seconds of `train_batch` on rank 0, mean of the steps from the fourth of ten; `max_mem`, the most that nvidia-smi shows on
-any device after the last step, so that the allocator's cache, the CUDA context and NCCL's buffers count.
+seconds of `train_batch` on rank 0, mean of the steps from the fourth of ten; `max_mem`, the most that nvidia-smi shows
+on any device after the last step, so that the allocator's cache, the CUDA context and NCCL's buffers count.
 """
 
 from __future__ import annotations
@@ -126,16 +126,17 @@ def predict(setup: Setup, plan: Measured) -> StepResult:
         samples=plan.microbatch,
         count=plan.num_replicas,
     )
-    reductions = tuple(
-        Reduction(name=f"stage {stage}", members=((0, stage),), seconds=_reduce_s(setup, plan, cut))
-        for stage, cut in enumerate(plan.cuts)
+    # The engine calls dist.barrier() first (`_exec_reduce_tied_grads`), so that all stages reduce at the same time.
+    everywhere = Reduction(
+        name="gradients",
+        members=tuple((0, stage) for stage in range(len(stages))),
+        seconds=max(_reduce_s(setup, plan, cut) for cut in plan.cuts),
     )
     return simulate_step(
         TrainingStep(
             pipelines=(pipeline,),
-            reductions=reductions,
+            reductions=(everywhere,),
             tokens_per_sample=setup.sequence_length,
-            # DeepSpeed's engine calls dist.barrier() before the reduction.
             source=setup.table.label,
         )
     )
@@ -144,14 +145,18 @@ def predict(setup: Setup, plan: Measured) -> StepResult:
 def layer_seconds(setup: Setup, degree: int, microbatch: int, layer: int) -> tuple[float, float]:
     """Return a layer's forward and backward, the table's contradictions taken out.
 
-    The profile gives some layers more time for fewer samples (2.38 ms for one, 1.51 ms for two): launching kernels
-    from a slow host. A microbatch can't take longer than a larger one does, so the least of them is taken.
+    Where kernels are small the profile holds the time in which the host launched them, which jitters: one sample
+    takes 2.38 ms on four chips, but 1.44 on two, and two samples 1.51 on four. Less work a rank (fewer samples, or a
+    larger degree with the same kernels and all-reduces) can't take longer: the least is taken. Degree 1 has no
+    all-reduce and is left out. Cells that the device's work decides are not changed by this.
     """
     cells = setup.table.cells
-    larger = [size for size in setup.table.microbatches(CHIP) if size >= microbatch and (CHIP, degree, size) in cells]
-    forward_s = min(cells[CHIP, degree, size].forward_s[layer] for size in larger)
-    backward_s = min(cells[CHIP, degree, size].backward_s[layer] for size in larger)
-    return forward_s, backward_s
+    more = [
+        cell
+        for (_, other, size), cell in cells.items()
+        if (size >= microbatch and 1 < other <= degree) or (other, size) == (degree, microbatch)
+    ]
+    return min(cell.forward_s[layer] for cell in more), min(cell.backward_s[layer] for cell in more)
 
 
 def _stage(setup: Setup, plan: Measured, stage: int) -> StageCost:
@@ -197,7 +202,7 @@ def _message(setup: Setup, plan: Measured) -> Message:
     link = setup.between_nodes.find((CHIP,), (CHIP,), plan.degree, plan.degree)
     assert link is not None, "the artefact has the chip's own links"
     # The fit is of all lanes' bandwidth by one rank's bytes.
-    wire_s = whole / link.bandwidth_of(part)
+    wire_s = whole / _rate(link, part)
     host_s = whole / HOST_BYTES_PER_S + whole / HOST_TO_DEVICE_BYTES_PER_S
     # Bytes read and written: the part cloned twice and laid in (6 of it), the whole cloned (2 of it).
     copy_s = (6 * part + 2 * whole) / HBM_BYTES_PER_S
@@ -210,7 +215,7 @@ def _gather_s(setup: Setup, plan: Measured, part_bytes: float) -> float:
         return 0.0
     link = setup.inside_node[plan.degree]
     # The fit is of all pairs' bandwidth: half as many pairs as ranks.
-    return (plan.degree - 1) * part_bytes / (link.bandwidth_of(part_bytes) / (plan.degree / 2))
+    return (plan.degree - 1) * part_bytes / (_rate(link, part_bytes) / (plan.degree / 2))
 
 
 def _reduce_s(setup: Setup, plan: Measured, cut: tuple[int, int]) -> float:
@@ -221,8 +226,13 @@ def _reduce_s(setup: Setup, plan: Measured, cut: tuple[int, int]) -> float:
     return all_reduce_s(link, size, plan.num_replicas) + 4 * size / HBM_BYTES_PER_S
 
 
+def _rate(link: LinkModel, size_bytes: float) -> float:
+    """Return the bytes/s of a message of this size."""
+    return size_bytes / link.seconds(size_bytes)
+
+
 def _memory(setup: Setup, plan: Measured, stage: int) -> StageMemory:
-    """Return what a rank holds; the allocator keeps all it ever took, so that buffers of the reduction count throughout."""
+    """Return what a rank holds; the allocator keeps what it ever took: the reduction's buffer counts throughout."""
     first, end = plan.cuts[stage]
     sizes = setup.table.sizes[plan.degree]
     gradients = _gradient_bytes(setup, plan, (first, end))
