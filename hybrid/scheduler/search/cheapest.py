@@ -21,7 +21,7 @@ class Cheapest:
     def __init__(self, problem: Problem, table: OptionTable, cuts: Ints, prices: Array) -> None:
         self.problem, self.table, self.cuts = problem, table, cuts
         self.reductions: dict[int, Array] = {}
-        layers, runs = len(cuts) - 1, np.ix_(range(len(table.options)), cuts, cuts)
+        layers, runs = len(cuts) - 1, np.ix_(np.arange(len(table.options)), cuts, cuts)
         self.depth = min(problem.vocabulary.max_stages, layers)
         valid = np.tri(layers + 1, k=-1, dtype=bool).T
         self.fits = np.stack([table.fits(j)[runs] & valid for j in range(1, self.depth + 1)])
@@ -47,7 +47,7 @@ class Cheapest:
         Shapes:
             prices: (prices, pools)
         """
-        self.prices = prices.astype(np.float32)
+        self.prices = np.maximum(prices, 2.0**-12).astype(np.float32)  # no pool is free
         self.worth = self.prices @ np.array([pool.num_chips for pool in self.problem.pools], dtype=np.float64)
         # Chip-seconds of a sample at each price: what D replicas need, whatever their cuts.
         every = np.arange(len(self.cuts) - 1)
@@ -57,7 +57,7 @@ class Cheapest:
 
     def reduce_s(self, replicas: int) -> Array:
         if replicas not in self.reductions:
-            size = np.ix_(range(len(self.table.options)), self.cuts, self.cuts)
+            size = np.ix_(np.arange(len(self.table.options)), self.cuts, self.cuts)
             self.reductions[replicas] = self.table.reduce_s(replicas)[size]
         return self.reductions[replicas]
 
@@ -136,7 +136,7 @@ def price_grid(problem: Problem) -> Array:
     return np.asarray(2.0 ** np.array(sorted(grid), dtype=np.float64)).astype(np.float32)
 
 
-def _bounds(priced: list[Array], values: Array, row: int) -> tuple[int, ...]:
+def _bounds(priced: list[Array], values: NDArray[np.float32], row: int) -> tuple[int, ...]:
     """Return the cheapest cuts at one price."""
     bounds = [0]
     for position in range(len(priced), 0, -1):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from hybrid.scheduler.search.columns import Column
 from hybrid.scheduler.search.problem import Problem
@@ -30,7 +31,7 @@ class Group:
         return self.num_replicas * self.num_microbatches * self.column.samples
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Choice:
     """Groups that together take at least the global batch."""
 
@@ -47,10 +48,10 @@ class Choice:
         """The reduction after the slowest replica's last backward: nothing overlaps it."""
         return max(group.column.reduce_s(self.num_replicas) for group in self.groups)
 
-    @property
+    @cached_property
     def step_s(self) -> float:
         """Seconds of a step: the slowest replica, its optimizer, and the reduction."""
-        return max(group.column.step_s(group.num_microbatches) for group in self.groups) + self.reduce_s
+        return max(group.column.exact_step_s(group.num_microbatches) for group in self.groups) + self.reduce_s
 
     @property
     def chips(self) -> tuple[int, ...]:
@@ -160,7 +161,7 @@ def share_out(problem: Problem, replicas: Iterable[tuple[Column, int]]) -> Choic
         low, high = high, 2 * high
         if not math.isfinite(high) or high > 1e12:
             return None
-    while high - low > 1e-7 * high:
+    while high - low > 1e-6 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if taken(middle) >= problem.global_batch else (middle, high)
     shares = [(column, count, most(column, high)) for column, count in counted]

@@ -55,10 +55,22 @@ class Column:
         return float(self.table.update_s[list(self.chosen)].max())
 
     def step_s(self, num_microbatches: int) -> float:
-        """Return the seconds of a step, the optimizer included and the reduction left out."""
-        place = int(np.searchsorted(self.counts, num_microbatches))
-        if place < len(self.counts) and self.counts[place] == num_microbatches:
-            return float(self.seconds[place])
+        """Return the seconds of a step from those known, beyond them at their last pace; no reduction."""
+        counts, seconds = self.counts, self.seconds
+        if num_microbatches <= counts[-1] or len(counts) == 1:
+            place = int(np.searchsorted(counts, num_microbatches))
+            if place < len(counts) and counts[place] == num_microbatches:
+                return float(seconds[place])
+            if len(counts) == 1:
+                return float(seconds[0] * num_microbatches / counts[0])
+            return float(np.interp(num_microbatches, counts, seconds))
+        pace = (seconds[-1] - seconds[-2]) / (counts[-1] - counts[-2])
+        return float(seconds[-1] + (num_microbatches - counts[-1]) * pace)
+
+    def exact_step_s(self, num_microbatches: int) -> float:
+        """Return the seconds of a step action by action (of a long one: its start, then its pace); no reduction."""
+        if num_microbatches in self.counts:
+            return self.step_s(num_microbatches)
         law = self.table.problem.vocabulary.step_law
         seconds_of = exact_step_seconds if num_microbatches * len(self.chosen) <= _EXACT_UP_TO else step_seconds
         return float(seconds_of(self.pipelines(), num_microbatches, law)[0]) + self.update_s

@@ -66,21 +66,33 @@ class Generator:
         return columns
 
 
-def samples_in(columns: list[Column], seconds: Array, most: int) -> Array:
-    """Return how many samples each column takes in so many seconds, from its known steps and their last pace.
+class Takes:
+    """How many samples each column takes in some seconds: its known steps, then their last pace."""
 
-    Shapes:
-        seconds: (columns,).  returns: (columns,)
-    """
-    taken = np.zeros(len(columns))
-    for row, column in enumerate(columns):
-        known, counts, left = column.seconds, column.counts, seconds[row]
-        if left < known[0]:
-            continue
-        if len(known) == 1 or left < known[-1]:
-            count = np.interp(left, known, counts)
-        else:
-            pace = (known[-1] - known[-2]) / (counts[-1] - counts[-2])
-            count = counts[-1] + (left - known[-1]) / pace
-        taken[row] = column.samples * min(np.floor(count + 1e-9), -(-most // column.samples))
-    return taken
+    def __init__(self, columns: list[Column], most: int) -> None:
+        width = max((len(column.counts) for column in columns), default=1)
+        self.counts, self.seconds = np.empty((len(columns), width)), np.empty((len(columns), width))
+        for row, column in enumerate(columns):
+            have = len(column.counts)
+            self.counts[row, :have], self.counts[row, have:] = column.counts, column.counts[-1]
+            self.seconds[row, :have], self.seconds[row, have:] = column.seconds, column.seconds[-1]
+        last = [column.step_s(int(column.counts[-1]) + 1) - column.seconds[-1] for column in columns]
+        self.pace_s = np.array(last)
+        self.samples = np.array([column.samples for column in columns], dtype=np.float64)
+        self.most = np.ceil(most / self.samples)
+
+    def samples_in(self, seconds: float) -> Array:
+        """Return the samples of each column.
+
+        Shapes:
+            returns: (columns,)
+        """
+        taken = np.where(seconds >= self.seconds[:, 0], self.counts[:, 0], 0.0)
+        for at in range(self.counts.shape[1] - 1):
+            low_s, high_s = self.seconds[:, at], self.seconds[:, at + 1]
+            low, high = self.counts[:, at], self.counts[:, at + 1]
+            share = (seconds - low_s) / np.maximum(high_s - low_s, 1e-300)
+            taken = np.where((seconds >= low_s) & (high > low), low + np.minimum(share, 1.0) * (high - low), taken)
+        beyond = self.counts[:, -1] + (seconds - self.seconds[:, -1]) / np.maximum(self.pace_s, 1e-300)
+        taken = np.where(seconds >= self.seconds[:, -1], beyond, taken)
+        return np.asarray(self.samples * np.minimum(np.floor(taken + 1e-9), self.most))

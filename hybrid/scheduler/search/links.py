@@ -27,6 +27,8 @@ class LinkModel:
     """(message bytes, bytes/s), by rising size; between two points linear in log(bytes), beyond them constant."""
     polynomial: tuple[float, ...] = ()
     """Highest power first; GB/s (1e9) of x = log2(bytes / 1e6)."""
+    smallest_bytes: float = 1.0
+    """Below this size the polynomial is not used: the bandwidth is that at this size."""
     shared_by: int = 1
     """Ranks of a node that share the interface when all send at once (a reduction)."""
     source: str = "given"
@@ -51,8 +53,8 @@ class LinkModel:
             return np.full_like(size_bytes, self.bytes_per_s)
         if self.points:
             sizes, rates = np.array(self.points, dtype=np.float64).T
-            return np.interp(np.log(size_bytes), np.log(sizes), rates)
-        rate = np.polyval(self.polynomial, np.log2(size_bytes / 1e6))
+            return np.asarray(np.interp(np.log(size_bytes), np.log(sizes), rates), dtype=np.float64)
+        rate = np.polyval(self.polynomial, np.log2(np.maximum(size_bytes, self.smallest_bytes) / 1e6))
         if np.any(rate <= 0):
             fact = "the link's polynomial gives no bandwidth above zero"
             worst = float(size_bytes[np.argmin(rate)])

@@ -59,7 +59,7 @@ def _program(chips: NDArray[np.float64], available: Sequence[int], replicas: int
     per_pool = np.hstack([np.diag(cost[stage]) for stage in range(stages)])
     found = milp(
         cost.ravel(),
-        integrality=np.ones(stages * pools),
+        integrality=np.ones(stages * pools, dtype=np.intp),
         bounds=Bounds(0, np.where(finite, float(replicas), 0.0).ravel()),
         constraints=[
             LinearConstraint(per_stage, replicas, replicas),

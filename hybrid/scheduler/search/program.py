@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import csr_matrix
 
 from hybrid.scheduler.search.choice import Choice, share_out
 from hybrid.scheduler.search.columns import Column
-from hybrid.scheduler.search.generate import samples_in
+from hybrid.scheduler.search.generate import Takes
 from hybrid.scheduler.search.options import Array
 from hybrid.scheduler.search.problem import Problem
 
 _INTEGER_UP_TO = 8192
 """Chips up to which replicas are counted by an integer program; beyond, rounding costs next to nothing."""
+_STEPS = 16
 _STRETCHES = tuple(float(x) for x in np.geomspace(1.0, 64.0, 19))
 """Steps tried where cost counts, as multiples of the fastest."""
 
@@ -40,6 +40,7 @@ class Program:
         self.problem, self.columns = problem, columns
         self.use = np.array([column.chips for column in columns], dtype=np.float64).reshape(len(columns), -1)
         self.reduce_s = np.array([column.reduce_s(num_replicas) for column in columns])
+        self.takes = Takes(columns, problem.global_batch)
         pools = problem.pools
         self.usd = self.use @ np.array([pool.usd_per_hour for pool in pools])
         self.watts = self.use @ np.array([pool.watts for pool in pools])
@@ -51,9 +52,14 @@ class Program:
         self.rows, self.limits = np.vstack(rows), np.concatenate(limits)
         self.cost = self.watts if problem.objective == "joules_per_token" else self.usd
 
+    def reduction_limits(self, shares: tuple[float, ...]) -> list[float]:
+        """Return bounds on the reduction that these shares of the columns keep to."""
+        finite = self.reduce_s[np.isfinite(self.reduce_s)]
+        return [float(x) for x in np.unique(np.quantile(finite, shares, method="nearest"))] if len(finite) else []
+
     def values(self, step_s: float, limit_s: float) -> Array:
         """Return the samples of each column in a step whose reduction takes `limit_s`."""
-        taken = samples_in(self.columns, np.full(len(self.columns), step_s - limit_s), self.problem.global_batch)
+        taken = self.takes.samples_in(step_s - limit_s)
         taken[self.reduce_s > limit_s * (1 + 1e-12)] = 0
         return taken
 
@@ -65,28 +71,29 @@ class Program:
         if not len(used):
             return Solved(0.0, counts, np.zeros(pools))
         scale = float(values.max())
-        found = linprog(-values[used] / scale, A_ub=csr_matrix(self.rows[:, used]), b_ub=self.limits, method="highs")
-        if found.x is None:
+        found = linprog(-values[used] / scale, A_ub=self.rows[:, used], b_ub=self.limits, method="highs")
+        if found.x is None or found.fun is None:
             return Solved(0.0, counts, np.zeros(pools))
         counts[used] = found.x
         return Solved(-float(found.fun) * scale, counts, np.maximum(-found.ineqlin.marginals[:pools], 0.0))
 
-    def fastest(self, limit_s: float, start_s: float, *, rounds: int = 12) -> tuple[float, Solved] | None:
-        """Return the least step in which fractions of replicas take the batch."""
-        batch, low, high = self.problem.global_batch, limit_s, start_s
-        solved = self.most_samples(self.values(high, limit_s))
-        while solved.value < batch:
-            low, high = high, 2 * high
-            solved = self.most_samples(self.values(high, limit_s))
-            if high > 1e6 * start_s:
-                return None
-        for _ in range(rounds):
-            middle = (low + high) / 2
-            tried = self.most_samples(self.values(middle, limit_s))
-            low, high, solved = (low, middle, tried) if tried.value >= batch else (middle, high, solved)
-            if high - low < 1e-4 * high:
+    def fastest(self, limit_s: float, start_s: float) -> tuple[float, Solved] | None:
+        """Return the least step in which fractions of replicas take the batch, within a thousandth."""
+        batch, low, high = self.problem.global_batch, limit_s, np.inf
+        step_s, best = max(start_s, limit_s), None
+        for _ in range(_STEPS):
+            solved = self.most_samples(self.values(step_s, limit_s))
+            if solved.value >= batch:
+                high, best = step_s, solved
+            else:
+                low = step_s
+            if high - low < 1e-3 * high:
                 break
-        return high, solved
+            # Samples grow about in proportion to the time beyond the reduction.
+            aim = limit_s + (step_s - limit_s) * batch / solved.value * 1.0005 if solved.value > 0 else 4 * step_s
+            inside = low + 0.02 * (min(high, 8 * low + 1e-9) - low) < aim < high - 0.02 * (high - low)
+            step_s = aim if inside and aim > low else ((low + high) / 2 if np.isfinite(high) else max(2 * low, aim))
+        return None if best is None else (float(high), best)
 
     def integers(self, step_s: float, limit_s: float, solved: Solved) -> list[Choice]:
         """Return choices with whole replicas near a linear program's answer."""
@@ -115,15 +122,15 @@ class Program:
         used = np.flatnonzero(values > 0)
         if not len(used):
             return None
-        constraints = [LinearConstraint(csr_matrix(self.rows[:, used]), -np.inf, self.limits)]
+        constraints = [LinearConstraint(self.rows[:, used], -np.inf, self.limits)]
         aim = -values[used]
         if cost is not None:
             batch = float(self.problem.global_batch)
-            constraints.append(LinearConstraint(csr_matrix(values[used][None, :]), batch, np.inf))
+            constraints.append(LinearConstraint(values[used][None, :], batch, np.inf))
             aim = cost[used]
         found = milp(
             aim,
-            integrality=np.ones(len(used)),
+            integrality=np.ones(len(used), dtype=np.intp),
             bounds=Bounds(0, np.inf),
             constraints=constraints,
             options={"time_limit": 0.25, "mip_rel_gap": 2e-3},

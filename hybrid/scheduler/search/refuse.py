@@ -58,12 +58,20 @@ def refusal(problem: Problem, columns: list[Column], choices: list[Choice] | Non
         return missing or _deepest(problem)
     if missing is not None and all(not np.isfinite(column.seconds).any() for column in columns):
         return missing
-    fleet = ", ".join(f"{pool.num_chips} of {pool.chip}" for pool in problem.pools)
-    least = min(columns, key=lambda column: sum(column.chips))
-    return PlanError(
-        f"no replica fits on the fleet ({fleet}); the smallest needs {sum(least.chips)} chips",
-        fix=f"add {max(1, sum(least.chips) - sum(p.num_chips for p in problem.pools))} chips or relax the limits",
-    )
+    return _too_few_in_flight(problem, columns)
+
+
+def _too_few_in_flight(problem: Problem, columns: list[Column]) -> PlanError:
+    """Return what memory is missing where replicas fit only with fewer microbatches than the batch needs."""
+    lacks = []
+    for column in columns:
+        table, chosen, bounds = column.table, np.array([column.chosen]), np.array([column.bounds])
+        peak = table.peak_bytes(chosen, bounds, None) - table.limit_bytes[chosen]
+        lacks.append((float(peak.max()), int(table.pool_of[chosen[0, int(peak.argmax())]])))
+    lack, pool = min(lacks)
+    if lack > 0:
+        return _does_not_fit(problem, "the batch's microbatches in flight", lack, pool)
+    return PlanError("no set of replicas takes the batch on this fleet", fix="add chips or lower the global batch")
 
 
 def _missing_link(problem: Problem) -> FleetError | None:

@@ -6,8 +6,10 @@ Pure: takes parsed JSON, opens no file. Source of the format and of the rules: e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from hybrid.errors import PlanError
 from hybrid.scheduler.search.links import LinkModel, Network
@@ -92,11 +94,20 @@ def read_sailor_network(inter_node: Mapping[str, Any]) -> Network:
     for chip, by_lanes in inter_node.items():
         for lanes, by_peer in by_lanes.items():
             for peer, by_peer_lanes in by_peer.items():
-                for peer_lanes, (coefficients, _saturated) in by_peer_lanes.items():
+                for peer_lanes, (coefficients, saturated) in by_peer_lanes.items():
                     links[chip, int(lanes), peer, int(peer_lanes)] = LinkModel(
-                        polynomial=tuple(coefficients), source="imported: Sailor's network fits"
+                        polynomial=tuple(coefficients),
+                        smallest_bytes=_smallest_bytes(coefficients, saturated / 1e9),
+                        source="imported: Sailor's network fits",
                     )
     return Network(links=links)
+
+
+def _smallest_bytes(coefficients: Sequence[float], saturated_gb_per_s: float) -> float:
+    """Return the size below which a fit leaves its range: where it gives less than a tenth of the saturated rate."""
+    x = np.arange(0.0, -20.0, -0.25)
+    low = np.polyval(coefficients, x) < 0.1 * saturated_gb_per_s
+    return float(2.0 ** x[max(int(np.argmax(low)) - 1, 0)] * 1e6) if low.any() else 1.0
 
 
 def sailor_pool(chip: str, num_chips: int, *, node_size: int = 4) -> Pool:

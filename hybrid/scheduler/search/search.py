@@ -6,8 +6,7 @@ the step's length that the last linear program reached, until it stops falling.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import combinations
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,7 +22,8 @@ from hybrid.scheduler.search.refuse import check_hopes, refusal
 
 _SMALL_CHIPS, _SMALL_COLUMNS = 8, 120_000
 _COARSE_CUTS = 13
-_ROUNDS = 3
+_ROUNDS = 2
+_FEW_CHIPS = 64
 _ENOUGH = 0.997
 """A round that shortens the step by less than this is the last."""
 
@@ -74,9 +74,10 @@ def _generate(problem: Problem, tables: list[OptionTable]) -> Found:
     for part in _parts(problem):
         here = tables if part is problem else [OptionTable(part, table.microbatch) for table in tables]
         here = [table for table in here if table.options]
-        found, made = _best_of_part(part, here)
-        columns += made
-        choices += [replace(choice, problem=part) for choice in found]
+        for replicas in _guesses(part):
+            found, made = _best_of_part(part, here, replicas)
+            columns += made
+            choices += found
     kept = [choice for choice in choices if choice.keeps_limits and np.isfinite(choice.step_s)]
     if not kept:
         raise refusal(problem, columns, choices)
@@ -90,11 +91,10 @@ def _parts(problem: Problem) -> list[Problem]:
     if len(sites) == 1:
         return [problem]
     alone = [problem.with_pools(pool for pool in problem.pools if pool.site == site) for site in sites]
-    pairs = [problem.with_pools(pool for pool in problem.pools if pool.site in pair) for pair in combinations(sites, 2)]
-    return [problem, *alone, *(pairs if len(sites) == 3 else [])]
+    return [problem, *alone]
 
 
-def _best_of_part(problem: Problem, tables: list[OptionTable]) -> tuple[list[Choice], list[Column]]:
+def _best_of_part(problem: Problem, tables: list[OptionTable], replicas: int) -> tuple[list[Choice], list[Column]]:
     layers = problem.table.num_layers
     cuts = np.unique(np.linspace(0, layers, min(layers, _COARSE_CUTS) + 1).round().astype(np.intp))
     base = price_grid(problem) if len(problem.pools) <= 3 else _few_prices(problem)
@@ -102,8 +102,7 @@ def _best_of_part(problem: Problem, tables: list[OptionTable]) -> tuple[list[Cho
     if not generators:
         return [], []
     columns: list[Column] = []
-    target_s, replicas, prices = _first_guess(problem, tables), _guess_replicas(problem), base
-    choices: list[Choice] = []
+    target_s, prices = _first_guess(problem, tables), base
     for _ in range(_ROUNDS):
         fresh = _price_out(generators, problem, target_s, replicas, prices)
         while not columns and not fresh and target_s < 1e9:
@@ -112,22 +111,27 @@ def _best_of_part(problem: Problem, tables: list[OptionTable]) -> tuple[list[Cho
         if not fresh:
             break
         columns += fresh
-        reached = _solve(problem, columns, replicas, target_s, choices)
+        reached = _solve(problem, columns, replicas, target_s)
         if reached is None:
             target_s *= 4
             continue
         step_s, duals = reached
-        replicas = max(1, choices[-1].num_replicas) if choices else replicas
         if step_s > _ENOUGH * target_s and len(prices) > len(base):
             break
         target_s = step_s
         prices = np.vstack([base, *([duals / duals.max()] if duals.max() > 0 else [])])
-    if len(cuts) < layers + 1 and columns:
-        fine = [Generator(table, np.arange(layers + 1), prices) for table in tables]
-        near = {choice_group.column.table.microbatch for choice in choices for choice_group in choice.groups}
-        fine = [generator for generator in fine if generator.table.microbatch in near]
-        columns += _price_out(fine, problem, target_s, replicas, prices[-3:])
-        _solve(problem, columns, replicas, target_s, choices)
+    if not columns:
+        return [], []
+    if sum(pool.num_chips for pool in problem.pools) <= _FEW_CHIPS:
+        for stretch in (1.3, 2.0):
+            columns += _price_out(generators, problem, stretch * target_s, replicas, base)
+    choices = _choose(problem, columns, replicas, target_s)
+    if choices and len(cuts) < layers + 1:
+        best = min(choices, key=lambda choice: choice.score)
+        near = {group.column.table.microbatch for group in best.groups}
+        fine = [Generator(table, np.arange(layers + 1), prices) for table in tables if table.microbatch in near]
+        columns += _price_out(fine, problem, target_s, best.num_replicas, prices[-2:])
+        choices += _choose(problem, columns, best.num_replicas, target_s)
     return choices, columns
 
 
@@ -141,33 +145,41 @@ def _price_out(
     ]
 
 
-def _solve(
-    problem: Problem, columns: list[Column], replicas: int, target_s: float, choices: list[Choice]
-) -> tuple[float, Array] | None:
-    """Add the best choices on these columns; return the linear program's step and prices."""
+def _solve(problem: Problem, columns: list[Column], replicas: int, target_s: float) -> tuple[float, Array] | None:
+    """Return the least step of fractions of replicas, and what a chip of each pool is then worth."""
     program = Program(problem, columns, replicas)
-    finite = program.reduce_s[np.isfinite(program.reduce_s)]
     best: tuple[float, Array] | None = None
-    found: list[Choice] = []
-    for limit_s in np.unique(np.quantile(finite, (0.1, 0.35, 0.7, 1.0), method="nearest")) if len(finite) else []:
-        reached = program.fastest(float(limit_s), target_s)
-        if reached is None or (best is not None and reached[0] > 1.05 * best[0]):
-            continue
-        step_s, solved = reached
-        if problem.objective == "throughput":
-            found += program.integers(step_s * 1.002, float(limit_s), solved)
-        else:
-            found += program.cheapest(step_s * 1.002, float(limit_s))
-        if best is None or step_s < best[0]:
-            best = step_s, solved.prices
-    choices += sorted(found, key=lambda choice: -choice.score)[-4:]
+    for limit_s in program.reduction_limits((0.2, 1.0)):
+        reached = program.fastest(limit_s, target_s)
+        if reached is not None and (best is None or reached[0] < best[0]):
+            best = reached[0], reached[1].prices
     return best
+
+
+def _choose(problem: Problem, columns: list[Column], replicas: int, target_s: float) -> list[Choice]:
+    """Return the choices of whole replicas on these columns, one or more for each bound on the reduction."""
+    program = Program(problem, columns, replicas)
+    num_chips = sum(pool.num_chips for pool in problem.pools)
+    found: list[Choice] = []
+    least = np.inf
+    for limit_s in program.reduction_limits((0.15, 0.5, 1.0)):
+        reached = program.fastest(limit_s, target_s)
+        if reached is None or reached[0] > 1.05 * least:
+            continue
+        least = min(least, reached[0])
+        if problem.objective == "throughput":
+            # Whole replicas need longer than fractions of them, the longer the fewer they are.
+            for stretch in (1.0, 1.1, 1.3, 1.7, 2.4) if num_chips <= _FEW_CHIPS else (1.0,):
+                found += program.integers(stretch * reached[0], limit_s, reached[1])
+        else:
+            found += program.cheapest(reached[0], limit_s)
+    return found
 
 
 def _counts(problem: Problem, microbatch: int) -> Ints:
     """Return numbers of microbatches to try, geometric."""
     most = max(1, -(-problem.global_batch // microbatch))
-    return np.unique(np.geomspace(1, most, 12).round().astype(np.intp))
+    return np.unique(np.geomspace(1, most, 10).round().astype(np.intp))
 
 
 def _first_guess(problem: Problem, tables: list[OptionTable]) -> float:
@@ -184,8 +196,13 @@ def _first_guess(problem: Problem, tables: list[OptionTable]) -> float:
     return 3 * problem.global_batch / rate if rate else 1.0
 
 
-def _guess_replicas(problem: Problem) -> int:
-    return max(1, min(problem.global_batch, sum(pool.num_chips for pool in problem.pools) // 4))
+def _guesses(problem: Problem) -> list[int]:
+    """Return about how many replicas to count on: it decides what a reduction costs, the less the more there are."""
+    num_chips = sum(pool.num_chips for pool in problem.pools)
+    most = min(problem.global_batch, num_chips)
+    if num_chips > _FEW_CHIPS:
+        return [max(1, min(most, num_chips // 4))]
+    return [2**power for power in range(most.bit_length())]
 
 
 def _few_prices(problem: Problem) -> Array:
