@@ -19,14 +19,14 @@ from hybrid.runtime.emulated_link import EmulatedLink
 from hybrid.runtime.interpreter import Interpreter
 from hybrid.scheduler.actions import Action, Kind
 from hybrid.scheduler.lowering import lower_communication
-from hybrid.scheduler.schedules import one_f_one_b
+from hybrid.scheduler.schedules import build_schedule
 from hybrid.transports import open_node
 from hybrid.transports.base import Transport
 
 
 @final
 class HybridRank(Arm):
-    """One rank of our 1F1B.
+    """One rank of our pipeline, by the workload's schedule.
 
     Args:
         medium: a name of `hybrid.transports.VARIANTS`.
@@ -47,7 +47,7 @@ class HybridRank(Arm):
 
     def load(self, workload: Workload) -> None:
         self._workload = workload
-        self._schedule = one_f_one_b(self._num_ranks, workload.num_microbatches)
+        self._schedule = build_schedule(workload.schedule, self._num_ranks, workload.num_microbatches)
         self._compute = build_compute(workload, workload.layers(self._rank), self._backend)
         self.stage = self._compute.stage
         self._interpreter = Interpreter(

@@ -19,6 +19,8 @@ class Workload:
     first_layer_of_stage: tuple[int, ...]
     """0 first."""
     seed: int = 1234
+    schedule: str = "1f1b"
+    """A name of `SCHEDULES`; our ranks run it."""
 
     @property
     def num_stages(self) -> int:
