@@ -92,6 +92,50 @@ def train(
 
 
 @app.command()
+def profile(
+    job: Job,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the profile (JSON) to this file.")] = None,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, max=1000, help="Runs of each layer; the median counts.")
+    ] = 5,
+    json: Json = False,
+    override: Override = None,
+) -> None:
+    """Run each distinct layer on each kind of device and print what it costs."""
+    from hybrid.commands.profile import run_profile
+
+    run_profile(job, out=out, rounds=rounds, as_json=json, overrides=override or [])
+
+
+@app.command()
+def simulate(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan (YAML) that `hybrid plan --out` wrote.")],
+    trace: Annotated[Path | None, typer.Option("--trace", help="Write a trace for Perfetto or Chrome (JSON).")] = None,
+    availability: Annotated[
+        Path | None, typer.Option("--availability", help="Chips that come and go (CSV or JSON); gives goodput.")
+    ] = None,
+    recovery_s: Annotated[
+        float, typer.Option("--recovery-s", min=0, help="From a change of the fleet to the next step.")
+    ] = 60.0,
+    sequence_length: Annotated[
+        int | None, typer.Option("--sequence-length", min=1, help="Tokens in a sample; without, samples are counted.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Run a plan's step on paper: time line, throughput, dollars, energy."""
+    from hybrid.commands.simulate import run_simulate
+
+    run_simulate(
+        plan,
+        trace=trace,
+        availability=availability,
+        recovery_s=recovery_s,
+        sequence_length=sequence_length,
+        as_json=json,
+    )
+
+
+@app.command()
 def submit(
     job: Job,
     address: Annotated[str, typer.Option("--address", help="URL of the cluster's dashboard: http://HOST:8265.")],
@@ -138,6 +182,17 @@ def bench_pipeline(
     from hybrid.commands.bench import run_bench
 
     run_bench("pipeline", as_json=json, quick=quick)
+
+
+@bench_app.command("simulator")
+def bench_simulator(
+    json: Json = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer repeats; done within 100 s.")] = False,
+) -> None:
+    """Predicted against measured: fifteen GH200 plans, this machine's pipelines; a million chips on paper."""
+    from hybrid.commands.bench import run_bench
+
+    run_bench("simulator", as_json=json, quick=quick)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

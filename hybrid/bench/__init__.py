@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 BENCHES: Mapping[str, str] = {
     "pipeline": "hybrid.bench.pipeline:measure_pipeline",
+    "simulator": "hybrid.bench.simulator:measure_simulator",
 }
 """Where each benchmark's function is, by name."""
 
