@@ -33,11 +33,14 @@ $(STAMP): pyproject.toml
 demo: install
 	$(BIN)/hybrid train examples/mixed_fleet.yaml
 
+# A file's tests stay on one process, so that Ray is started by one test at a time.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: install
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .

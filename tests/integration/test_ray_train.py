@@ -143,6 +143,7 @@ def test_ctrl_c_ends_everything_with_code_130(folder: Path) -> None:
     command.check_nothing_is_left()
 
 
+@pytest.mark.slow
 def test_a_killed_driver_takes_its_workers_and_its_ray_with_it(folder: Path) -> None:
     command = Command(folder, "train", "job.yaml", steps=100_000)
     command.wait_for_step(3)

@@ -175,7 +175,7 @@ def _columns(events: list[Event]) -> list[tuple[float, ...]]:
     return steps + [(e.loss,) for e in events if isinstance(e, EvalEvent)]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize("medium", ["inproc", "zmq-tcp"])
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
@@ -196,6 +196,11 @@ def test_twenty_steps_have_the_losses_of_the_reference_bit_for_bit(
     assert len(wanted) == 21
     assert wanted[0][0] > wanted[19][0], "nothing was learned"
     assert found == wanted
+
+
+def test_twenty_bf16_steps_have_the_losses_of_the_reference_bit_for_bit(tmp_path: Path) -> None:
+    job = _job(tmp_path, precision="bf16", num_stages=3, runtime__transport="inproc")
+    assert _columns(_events(job, reference=False)) == _columns(_events(job, reference=True))
 
 
 def test_a_mixed_emulated_fleet_has_the_losses_of_the_reference_bit_for_bit(tmp_path: Path) -> None:
