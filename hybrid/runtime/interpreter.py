@@ -7,6 +7,7 @@ their use; sends are started and never waited for within the step; a compute act
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -95,7 +96,7 @@ class Interpreter:
         self._inputs: dict[tuple[int, int], Tensor] = {}
         self._posted: dict[tuple[Kind, int, int], _Posted] = {}
         self._local: dict[tuple[Kind, int, int], Tensor] = {}
-        self._sends: list[tuple[Pending, Tensor]] = []
+        self._sends: deque[tuple[Pending, Tensor]] = deque()
 
     def run(self, step: int, batch: Batch) -> StepRecord:
         """Run every action of the step; gradients are left in the stages' parameters.
@@ -105,15 +106,13 @@ class Interpreter:
             torch.OutOfMemoryError: the device's memory is exceeded.
         """
         record = StepRecord(start_s=time.monotonic())
-        earlier, self._sends = self._sends, []
+        earlier, self._sends = self._sends, deque()
         with next(iter(self._compute.values())).context():
             for action in self._actions:
                 self._do(action, step, batch, record)
         # Sends of the step before have had a whole step to leave; these must have.
-        for pending, sent in earlier:
-            pending.wait(self._timeout_s)
-            if not self._backend.is_host:
-                self._backend.recycle(sent)
+        while earlier:
+            self._end_send(*earlier.popleft())
         record.end_s = time.monotonic()
         return record
 
@@ -150,7 +149,15 @@ class Interpreter:
         buffers: list[Buffer] = [host_bytes(tensor)]
         if peer in self._links:
             buffers.append(self._links[peer].stamp())
+        # What has left is let go at once, or a step would hold every microbatch's activation.
+        while self._sends and self._sends[0][0].done():
+            self._end_send(*self._sends.popleft())
         self._sends.append((self._edges[peer].send(_tag(kind, received, step), buffers), tensor))
+
+    def _end_send(self, pending: Pending, sent: Tensor) -> None:
+        pending.wait(self._timeout_s)
+        if not self._backend.is_host:
+            self._backend.recycle(sent)
 
     def _take(self, kind: Kind, action: Action) -> tuple[Tensor, float | None]:
         """Return the input of a compute action and when it landed, None where it was there already."""
