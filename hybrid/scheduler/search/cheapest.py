@@ -39,6 +39,7 @@ class Cheapest:
         }
         self.least_s = _least_seconds(self.stage_s, layers)
         self.of_pool = [np.flatnonzero(table.pool_of == pool) for pool in range(len(problem.pools))]
+        self.is_recompute = np.array([option.recompute for option in table.options], dtype=np.float64)
         self.price_at(prices)
 
     def price_at(self, prices: Array) -> None:
@@ -92,15 +93,15 @@ class Cheapest:
         Shapes:
             allowed: (positions, options, layers + 1, layers + 1).
         """
-        depth, table = len(bounds) - 1, self.table
-        cost = self.prices[row, table.pool_of] * table.chips
-        recompute = np.array([option.recompute for option in table.options])
-        chosen = []
-        for stage in range(depth):
-            may = allowed[depth - stage - 1, :, bounds[stage], bounds[stage + 1]]
-            seconds = self.stage_s[:, bounds[stage], bounds[stage + 1]]
-            chosen.append(int(np.lexsort((seconds, recompute, np.where(may, cost, np.inf)))[0]))
-        return tuple(chosen)
+        first, end = np.array(bounds[:-1]), np.array(bounds[1:])
+        places = np.arange(len(first), 0, -1) - 1
+        may = allowed[places, :, first, end]  # (stages, options)
+        seconds = self.stage_s[:, first, end].T
+        # Cost decides; recompute and seconds part options that cost the same.
+        tie = self.is_recompute + seconds / (seconds.max() or 1.0)
+        cost = self.prices[row, self.table.pool_of] * self.table.chips
+        score = np.where(may, cost * (1.0 + 1e-4 * tie), np.inf)
+        return tuple(score.argmin(axis=1).tolist())
 
     def cheapest(self, chips: Array, replicas: int, *, bound: bool) -> list[tuple[int, tuple[int, ...]]] | None:
         """Return (price's row, cheapest cuts) at every price, or None where some price shows that there are none.
@@ -128,7 +129,7 @@ class Cheapest:
 def price_grid(problem: Problem) -> Array:
     """Return price vectors of the pools, scaled to the largest being 1: mixes of powers of two, and each pool alone."""
     count = len(problem.pools)
-    powers = (-3.0, -2.0, -1.5, -1.0, -0.5, 0.0) if count <= 2 else (-3.0, -1.5, 0.0)
+    powers = (-3.0, -2.0, -1.5, -1.0, -0.5, 0.0) if count <= 2 else (-2.0, 0.0)
     grid = {mix for mix in product(powers, repeat=count) if max(mix) == 0.0}
     if count == 2:
         grid -= {mix for mix in grid if mix[0] in (-3.0, -1.5, -0.5) or mix[1] == -0.5}

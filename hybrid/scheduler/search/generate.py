@@ -6,12 +6,17 @@ that takes m microbatches of b samples in that time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+
 import numpy as np
 
 from hybrid.scheduler.search.cheapest import Cheapest
 from hybrid.scheduler.search.columns import Column, measure_columns
 from hybrid.scheduler.search.options import Array, Ints, OptionTable
 
+_SHARES = (1.0, 0.5)
+"""How long the other stages are taken to be, against the slowest."""
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 
 
@@ -26,7 +31,9 @@ class Generator:
         """No stage is shorter than the longest layer on the option that is fastest at it."""
         self.seen: set[tuple[object, ...]] = set()
 
-    def columns(self, target_s: float, num_replicas: int, counts: Ints, prices: Array) -> list[Column]:
+    def columns(
+        self, target_s: float, num_replicas: int, counts: Ints, prices: Array, depths: Sequence[int] = DEPTHS
+    ) -> list[Column]:
         """Return columns that were not returned before.
 
         Args:
@@ -34,18 +41,23 @@ class Generator:
             num_replicas: about how many reduce together.
             counts: numbers of microbatches to try.
             prices: of the pools, one row a set.
+            depths: numbers of stages to try.
         """
         kernel, table = self.cheapest, self.table
         kernel.price_at(prices)
         limit_s = target_s - table.update_s[:, None, None] - kernel.reduce_s(num_replicas)
         longest_s = float(limit_s.max())
         found: dict[int, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
-        for depth in [depth for depth in DEPTHS if depth <= kernel.depth]:
+        for depth in [depth for depth in depths if depth <= kernel.depth]:
             seconds = [kernel.seconds(depth, j) for j in range(1, depth + 1)]
-            for count in counts:
-                if longest_s < self.hardest_s * (count + depth - 1):
-                    break
-                pace_s = limit_s / (count + depth - 1)
+            for count, share in product(counts, _SHARES):
+                # Few microbatches leave room for unequal stages: they fill faster than the slowest one says.
+                if share < 1.0 and not 1 < depth <= count + 1 <= 2 * depth:
+                    continue
+                slots = count + share * (depth - 1)
+                if longest_s < self.hardest_s * slots:
+                    continue
+                pace_s = limit_s / slots
                 allowed = kernel.fits[:depth] & np.stack([stage_s <= pace_s for stage_s in seconds])
                 for row, places in kernel.cheapest(kernel.chips(allowed), 0, bound=False) or ():
                     chosen = kernel.options_of(allowed, places, row)

@@ -128,11 +128,23 @@ def _best_of_part(problem: Problem, tables: list[OptionTable], replicas: int) ->
     choices = _choose(problem, columns, replicas, target_s)
     if choices and len(cuts) < layers + 1:
         best = min(choices, key=lambda choice: choice.score)
-        near = {group.column.table.microbatch for group in best.groups}
-        fine = [Generator(table, np.arange(layers + 1), prices) for table in tables if table.microbatch in near]
-        columns += _price_out(fine, problem, target_s, best.num_replicas, prices[-2:])
+        columns += _refined(tables, best, target_s, prices[-2:])
         choices += _choose(problem, columns, best.num_replicas, target_s)
     return choices, columns
+
+
+def _refined(tables: list[OptionTable], best: Choice, target_s: float, prices: Array) -> list[Column]:
+    """Return columns with every cut allowed, like those of a choice in microbatch, depth and count."""
+    found = []
+    for table in tables:
+        groups = [group for group in best.groups if group.column.samples == table.microbatch]
+        if groups:
+            generator = Generator(table, np.arange(table.num_layers + 1), prices)
+            counts = np.unique([round(group.num_microbatches * x) for group in groups for x in (0.9, 1.0, 1.1)])
+            depths = sorted({max(1, len(group.column.chosen) + x) for group in groups for x in (-1, 0, 1)})
+            counts = np.maximum(counts[:: max(1, len(counts) // 6)], 1)
+            found += generator.columns(target_s, best.num_replicas, counts, prices, depths)
+    return found
 
 
 def _price_out(
@@ -179,7 +191,7 @@ def _choose(problem: Problem, columns: list[Column], replicas: int, target_s: fl
 def _counts(problem: Problem, microbatch: int) -> Ints:
     """Return numbers of microbatches to try, geometric."""
     most = max(1, -(-problem.global_batch // microbatch))
-    return np.unique(np.geomspace(1, most, 10).round().astype(np.intp))
+    return np.unique(np.geomspace(1, most, 9).round().astype(np.intp))
 
 
 def _first_guess(problem: Problem, tables: list[OptionTable]) -> float:

@@ -27,6 +27,8 @@ _STEPS_DOWN = (0.97, 0.995)
 """How much faster than the best plan the next one must be to be looked for: first coarse, then fine."""
 
 _COARSE_CUTS = 13
+_APART = 0.95
+"""Ratio of neighbouring numbers of microbatches in the coarse pass."""
 _NEAR = 0.25
 """Largest difference of log(number of microbatches) from the best plan's in the fine pass."""
 _SHARES = (1.0, 0.8)
@@ -79,7 +81,7 @@ def search_uniform(problem: Problem) -> UniformPlan | None:
     layers, prices = problem.table.num_layers, price_grid(problem)
     coarse = np.unique(np.linspace(0, layers, min(layers, _COARSE_CUTS) + 1).round().astype(np.intp))
     searches = [_Search(problem, table, coarse, prices) for table in tables]
-    pairs = [(search, m) for search in searches for m in search.counts()]
+    pairs = [(search, m) for search in searches for m in search.counts(_APART)]
     # Stages of middling length first: a good plan early prunes the rest.
     pairs.sort(key=lambda pair: abs(math.log(pair[1] * pair[0].table.microbatch / math.sqrt(problem.global_batch))))
     best = _improve(None, pairs, _STEPS_DOWN[0])
@@ -109,15 +111,15 @@ def _improve(best: UniformPlan | None, pairs: list[tuple[_Search, int]], step_do
 class _Search(Cheapest):
     """Uniform plans of one microbatch size."""
 
-    def counts(self) -> Iterator[int]:
-        """Yield the numbers of microbatches worth trying: one for each number of replicas that differs."""
+    def counts(self, apart: float = 1.0) -> Iterator[int]:
+        """Yield the numbers of microbatches worth trying, falling, each at most `apart` times the one before."""
         most = sum(pool.num_chips for pool in self.problem.pools)
         total = math.ceil(self.problem.global_batch / self.table.microbatch)
-        seen = set()
+        last = math.inf
         for replicas in range(1, min(most, total) + 1):
             count = math.ceil(total / replicas)
-            if count not in seen:
-                seen.add(count)
+            if count <= last * apart and count < last:
+                last = count
                 yield count
 
     def better_than(self, target_s: float, num_microbatches: int) -> UniformPlan | None:

@@ -1,0 +1,119 @@
+"""The search's plans: optimal where small, within memory, refused with a number where there is none."""
+
+from dataclasses import replace
+
+import pytest
+
+from hybrid.bench.planner_oracle import least_step_s, random_problem
+from hybrid.errors import FleetError, PlanError
+from hybrid.scheduler.search.confirm import confirm
+from hybrid.scheduler.search.links import LinkModel, Network
+from hybrid.scheduler.search.problem import Limits
+from hybrid.scheduler.search.search import search
+from hybrid.scheduler.search.worth import is_the_mix_worth_it
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_small_plan_is_as_fast_as_the_best_of_all_plans(seed):
+    problem = random_problem(seed, memory_binds=seed % 2 == 1)
+    assert confirm(search(problem).choice).step_s == pytest.approx(least_step_s(problem), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_plan_takes_the_batch_on_chips_that_are_there_and_in_memory_that_is_there(seed):
+    problem = random_problem(seed, memory_binds=seed % 2 == 1)
+    choice = search(problem).choice
+    assert sum(group.num_samples for group in choice.groups) >= problem.global_batch
+    assert all(used <= pool.num_chips for used, pool in zip(choice.chips, problem.pools, strict=True))
+    for group in choice.groups:
+        column, table = group.column, group.column.table
+        for stage, option in enumerate(column.chosen):
+            run = column.bounds[stage], column.bounds[stage + 1]
+            held = min(len(column.chosen) - stage, group.num_microbatches)
+            peak = table.base_bytes[(option, *run)] + held * table.held_bytes[(option, *run)]
+            assert peak <= table.limit_bytes[option]
+
+
+def grown(problem, factor):
+    return replace(
+        problem,
+        pools=tuple(replace(pool, num_chips=pool.num_chips * factor) for pool in problem.pools),
+        global_batch=problem.global_batch * factor,
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 3, 4, 12])
+def test_a_large_fleet_is_not_slower_than_copies_of_the_small_ones_plan_without_reduction(seed):
+    problem = random_problem(seed, memory_binds=False)
+    free = Network(links={key: LinkModel(bytes_per_s=1e15) for key in problem.network.links})
+    problem = replace(problem, network=free)
+    small = search(problem).choice.step_s
+    large = search(grown(problem, 64), method="column generation").choice
+    # Column generation prices stages of like length: where few microbatches meet very unlike chips it loses some.
+    assert large.step_s <= small * 1.06
+
+
+def test_a_schedule_with_split_backward_is_taken_where_it_is_faster():
+    problem = random_problem(6, memory_binds=False)
+    choice = search(problem).choice
+    more = replace(problem, vocabulary=replace(problem.vocabulary, schedules=("1f1b", "zb-h1", "zb-h2")))
+    assert confirm(replace(choice, problem=more)).step_s <= confirm(choice).step_s
+
+
+def test_a_model_that_fits_nowhere_is_refused_with_the_bytes_that_miss():
+    problem = random_problem(1, memory_binds=True)
+    small = problem.with_pools(replace(pool, memory_bytes=1_000_000) for pool in problem.pools)
+    with pytest.raises(PlanError, match=r"fits nowhere.*misses [\d,]+ bytes.*Give its chips [\d,]+ bytes more"):
+        search(small)
+
+
+def test_a_throughput_out_of_reach_is_refused_with_the_one_in_reach():
+    problem = random_problem(0, memory_binds=False)
+    rate = search(problem).choice.tokens_per_s
+    wished = replace(problem, limits=Limits(min_tokens_per_s=10 * rate))
+    with pytest.raises(PlanError, match="no plan meets min_tokens_per_s"):
+        search(wished, method="column generation")
+
+
+def test_a_missing_link_between_two_islands_that_need_it_is_named():
+    problem = random_problem(11, memory_binds=True)
+    assert len(problem.pools) == 3
+    one_each = problem.with_pools(replace(pool, num_chips=1) for pool in problem.pools)
+    inside = {key: link for key, link in problem.network.links.items() if key[0] == key[2]}
+    with pytest.raises((FleetError, PlanError), match=r"link between pool0 and pool1|fits nowhere"):
+        search(replace(one_each, network=Network(links=inside)))
+
+
+def test_the_cheapest_plan_costs_no_more_than_the_fastest():
+    problem = random_problem(5, memory_binds=False)
+    priced = problem.with_pools(
+        replace(pool, usd_per_hour=1.0 + 3 * index, watts=100.0) for index, pool in enumerate(problem.pools)
+    )
+    fastest = search(priced).choice
+    cheapest = search(replace(priced, objective="usd_per_token")).choice
+    frugal = search(replace(priced, objective="joules_per_token")).choice
+    assert cheapest.usd_per_token <= fastest.usd_per_token
+    assert frugal.joules_per_token <= fastest.joules_per_token
+    capped = replace(priced, limits=Limits(max_usd_per_hour=0.6 * fastest.usd_per_hour))
+    assert search(capped).choice.usd_per_hour <= 0.6 * fastest.usd_per_hour
+
+
+def test_a_pool_that_does_not_help_is_recommended_to_be_left_out():
+    problem = random_problem(5, memory_binds=False)
+    slow = replace(problem.pools[1], chip="slow")
+    cells = dict(problem.table.cells)
+    for (chip, degree, size), cell in problem.table.cells.items():
+        if chip == problem.pools[1].chip:
+            cells["slow", degree, size] = replace(cell, forward_s=tuple(1000 * x for x in cell.forward_s))
+    links = {**problem.network.links, ("slow", 1, "slow", 1): LinkModel(bytes_per_s=1e6)}
+    links["slow", 1, "kind0", 1] = LinkModel(bytes_per_s=1e6)
+    worth = is_the_mix_worth_it(
+        replace(
+            problem,
+            table=replace(problem.table, cells=cells),
+            pools=(problem.pools[0], slow),
+            network=Network(links=links),
+        )
+    )
+    assert worth.leave_out == (slow.name,)
+    assert "leave out" in worth.recommendation
