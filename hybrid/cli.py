@@ -1,4 +1,4 @@
-"""The command line: `hybrid doctor | plan | train | submit | bench | export | validate`.
+"""The command line: `hybrid doctor | profile | plan | simulate | train | submit | bench | export | validate`.
 
 Thin: parses words, calls `hybrid.commands`, turns errors into one line and an exit code. Imports neither torch nor
 Ray nor pydantic before a command needs them, so that `hybrid --help` answers at once.
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hybrid.bench import BENCHES
 from hybrid.errors import HybridError
 
 _STARTED_S = time.monotonic()
@@ -173,26 +174,19 @@ def validate(
     raise typer.Exit(run_validate(device, chip=chip, to=to, fake=fake, quick=quick, as_json=json))
 
 
-@bench_app.command("pipeline")
-def bench_pipeline(
-    json: Json = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer repeats; done within 50 s.")] = False,
-) -> None:
-    """One process, torch's 1F1B and ours side by side; emulated ranks against the simulated step."""
-    from hybrid.commands.bench import run_bench
+def _add_bench(name: str, what: str) -> None:
+    @bench_app.command(name, help=what)
+    def bench(
+        json: Json = False,
+        quick: Annotated[bool, typer.Option("--quick", help="Fewer repeats.")] = False,
+    ) -> None:
+        from hybrid.commands.bench import run_bench
 
-    run_bench("pipeline", as_json=json, quick=quick)
+        run_bench(name, as_json=json, quick=quick)
 
 
-@bench_app.command("simulator")
-def bench_simulator(
-    json: Json = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer repeats; done within 100 s.")] = False,
-) -> None:
-    """Predicted against measured: fifteen GH200 plans, this machine's pipelines; a million chips on paper."""
-    from hybrid.commands.bench import run_bench
-
-    run_bench("simulator", as_json=json, quick=quick)
+for _name, (_where, _what) in BENCHES.items():
+    _add_bench(_name, _what)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

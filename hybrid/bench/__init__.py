@@ -7,10 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-BENCHES: Mapping[str, str] = {
-    "pipeline": "hybrid.bench.pipeline:measure_pipeline",
-    "simulator": "hybrid.bench.simulator:measure_simulator",
+BENCHES: Mapping[str, tuple[str, str]] = {
+    "kernels": (
+        "hybrid.bench.kernels:measure_kernels",
+        "The CPU kernels against plain torch: time and peak memory.",
+    ),
+    "pipeline": (
+        "hybrid.bench.pipeline:measure_pipeline",
+        "One process, torch's 1F1B and ours side by side; emulated ranks against the simulated step.",
+    ),
+    "schedules": (
+        "hybrid.bench.schedules:measure_schedules",
+        "Bubble rates against the published ones, and the search against every named schedule.",
+    ),
+    "simulator": (
+        "hybrid.bench.simulator:measure_simulator",
+        "Predicted against measured: fifteen GH200 plans, this machine's pipelines; a million chips on paper.",
+    ),
 }
-"""Where each benchmark's function is, by name."""
+"""By name: where the benchmark's function is, and what it shows."""
 
 __all__ = ["BENCHES"]

@@ -50,7 +50,7 @@ def measure(*, quick):
 def noisy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "noisy_bench.py").write_text(NOISY_BENCH)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(bench, "BENCHES", {"noisy": "noisy_bench:measure"})
+    monkeypatch.setattr(bench, "BENCHES", {"noisy": ("noisy_bench:measure", "prints what it should not")})
     return "noisy"
 
 

@@ -1,6 +1,6 @@
-"""Times and peak memory of the CPU kernels against plain torch: `python benchmarks/bench_kernels.py [--quick]`.
+"""`hybrid bench kernels`: times and peak memory of the CPU kernels against plain torch.
 
-Prints one JSON object. Both sides run turn about in one process with the same inputs and threads, and a ratio is the
+Both sides run turn about in one process with the same inputs and threads, and a ratio is the
 median of the turns' own ratios: what else the machine does then falls on both. Peak memory is the high-water mark of a
 process of its own, above its inputs. The summary takes the worst row of the cross-entropy, and for packing the one of
 `BUCKET_MIB`; smaller chunks, which plain torch too keeps in cache, are in the rows.
@@ -8,26 +8,22 @@ process of its own, above its inputs. The summary takes the worst row of the cro
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import hybrid_kernels as hk
+from hybrid.bench.result import Result
 
 Step = Callable[[], object]
 TOKENS, VOCAB = 4096, 32_000
@@ -51,7 +47,7 @@ class Row:
     memory_vs_torch: float | None = None
 
 
-def run(quick: bool) -> dict[str, Any]:
+def measure_kernels(*, quick: bool) -> Result:
     """Return every measurement and the summary; quick takes under 50 s on two idle cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -68,25 +64,23 @@ def run(quick: bool) -> dict[str, Any]:
     }
     if memory:
         summary["cross_entropy_memory_vs_torch"] = max(memory)
-    return {
-        "machine": _machine(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "rows": [asdict(row) for row in (*losses, *packs, *others)],
-        "summary": summary,
-    }
-
-
-def _machine() -> dict[str, object]:
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-    }
+    rows = (*losses, *packs, *others)
+    return Result(
+        rows=[asdict(row) for row in rows],
+        summary=summary,
+        shown=[
+            {
+                "kernel": row.kernel,
+                "time": f"{row.time_vs_torch:.2f}",
+                "memory": "" if row.memory_vs_torch is None else f"{row.memory_vs_torch:.3f}",
+                "plain": f"{row.plain_s * 1e3:.1f} ms",
+                "ours": f"{row.ours_s * 1e3:.1f} ms",
+                "what": row.what,
+            }
+            for row in rows
+        ],
+        goals={"cross_entropy_time_vs_torch": 1.0, "cross_entropy_memory_vs_torch": 0.25},
+    )
 
 
 def _lines(path: str) -> list[str]:
@@ -163,7 +157,7 @@ def _peak_bytes(side: str, dtype: str, hidden_size: int) -> int | None:
     """Return how far one step raises a fresh process's high-water mark; None where there is no /proc to read it."""
     if not Path("/proc/self/clear_refs").exists():
         return None
-    command = [sys.executable, __file__, "--peak", side, dtype, str(hidden_size)]
+    command = [sys.executable, "-m", "hybrid.bench.kernels", side, dtype, str(hidden_size)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
     return int(done.stdout)
@@ -235,7 +229,7 @@ def _other_rows(quick: bool) -> list[Row]:
     rows = []
     turns = 3 if quick else 7
     cos, sin = hk.rope_tables(512, 64, theta=1e4)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         x, weight = torch.randn(4096, 1024).to(dtype), torch.ones(1024).to(dtype)
         heads, kv = torch.randn(4, 16, 512, 64).to(dtype), torch.randn(4, 4, 512, 64).to(dtype)
@@ -277,18 +271,5 @@ def _adamw_row(turns: int) -> Row:
     return compare("adamw", "4 Mi float32, against torch's foreach", optimizer.step, ours, turns=turns)
 
 
-def main(arguments: list[str]) -> None:
-    """Print the measurements as one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and turns")
-    parser.add_argument("--peak", nargs=3, metavar=("SIDE", "DTYPE", "HIDDEN"), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.peak:
-        side, dtype, hidden_size = options.peak
-        _print_peak(side, dtype, int(hidden_size))
-    else:
-        print(json.dumps(run(options.quick), indent=1))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+if __name__ == "__main__":  # the child that `_peak_bytes` starts
+    _print_peak(sys.argv[1], sys.argv[2], int(sys.argv[3]))
