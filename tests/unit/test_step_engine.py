@@ -114,6 +114,14 @@ def test_buckets_hide_behind_the_last_backward_but_never_before_it_starts():
     assert step_s(4, 100.0) >= 10 + 100
 
 
+def test_bucketed_reductions_of_one_rank_follow_one_another_too():
+    both = tuple(Reduction(name=n, members=((0, 0),), seconds=50.0, num_buckets=5) for n in "ab")
+    result = simulate_step(TrainingStep(pipelines=(pipeline(stages=(stage(),)),), reductions=both))
+    one, other = result.reductions
+    assert other.start_s == pytest.approx(one.end_s)
+    assert result.step_s == pytest.approx(other.end_s)
+
+
 def test_the_global_norm_makes_everyone_wait_for_the_last():
     fast, slow = pipeline(stages=(stage(1, 1, update_s=1),)), pipeline(stages=(stage(2, 2, update_s=1),))
     result = simulate_step(TrainingStep(pipelines=(fast, slow), norm_s=0.5))

@@ -91,9 +91,10 @@ def _run_once(pipeline: Pipeline, slowed: Mapping[Action, float]) -> Timeline:
 def _finish(step: TrainingStep, timelines: list[Timeline]) -> StepResult:
     """Add reductions, the norm and the updates to the pipelines' time lines."""
     free_s = [[spans[-1].end_s if spans else 0.0 for spans in timeline.spans_of_rank] for timeline in timelines]
+    wire_free_s = [[0.0] * len(row) for row in free_s]
     reductions: list[ReductionRun] = []
     for reduction in sorted(step.reductions, key=lambda each: _ready(step, timelines, each)[1]):
-        reductions.append(_reduce(step, timelines, reduction, free_s))
+        reductions.append(_reduce(step, timelines, reduction, free_s, wire_free_s))
     if step.norm_s is not None:
         together_s = max((end for row in free_s for end in row), default=0.0) + step.norm_s
         free_s = [[together_s] * len(row) for row in free_s]
@@ -131,21 +132,26 @@ def _ready(step: TrainingStep, timelines: list[Timeline], reduction: Reduction) 
 
 
 def _reduce(
-    step: TrainingStep, timelines: list[Timeline], reduction: Reduction, free_s: list[list[float]]
+    step: TrainingStep,
+    timelines: list[Timeline],
+    reduction: Reduction,
+    free_s: list[list[float]],
+    wire_free_s: list[list[float]],
 ) -> ReductionRun:
-    """Run one reduction after what its members are busy with; later ones wait for it."""
+    """Run one reduction; later ones of its members wait for it, and so do their updates."""
     first_s, last_s = _ready(step, timelines, reduction)
     ranks = [(p, step.pipelines[p].schedule.rank_of_stage[stage]) for p, stage in reduction.members]
+    open_s = max(wire_free_s[p][rank] for p, rank in ranks)
     if reduction.num_buckets == 1:
         start_s = max([last_s, *(free_s[p][rank] for p, rank in ranks)])
         end_s = start_s + reduction.seconds
     else:
         # Buckets get ready one after the other through the last backward; each takes its share.
-        start_s = first_s
         each_s, gap_s = reduction.seconds / reduction.num_buckets, (last_s - first_s) / (reduction.num_buckets - 1)
-        end_s = start_s
+        start_s = end_s = max(first_s, open_s)
         for bucket in range(reduction.num_buckets):
             end_s = max(end_s, first_s + bucket * gap_s) + each_s
     for p, rank in ranks:
         free_s[p][rank] = max(free_s[p][rank], end_s)
+        wire_free_s[p][rank] = end_s
     return ReductionRun(reduction=reduction, start_s=start_s, end_s=end_s)
