@@ -161,14 +161,24 @@ def export(
 
 @app.command()
 def validate(
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda or neuron.")],
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda or neuron.")] = None,
     chip: Annotated[str | None, typer.Option("--chip", help="The catalog's name of it: h100, trn2, …")] = None,
     to: Annotated[Path | None, typer.Option("--to", help="Write the report (JSON) to send back.")] = None,
     fake: Annotated[bool, typer.Option("--fake", help="Run on the fake neuron device; the report says so.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer formats, smaller timings.")] = False,
+    nki_examples: Annotated[
+        Path | None,
+        typer.Option("--nki-examples", help="The `nki` folder of aws-neuron-sdk: run its kernels on our interpreter."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Run the kits, kernels, numerics, a two-stage job and timings on a real device."""
+    if nki_examples is not None:
+        from hybrid.commands.nki_examples import run_nki_examples
+
+        raise typer.Exit(run_nki_examples(nki_examples, as_json=json))
+    if device is None:
+        raise typer.BadParameter("give --device cpu, cuda or neuron (or --nki-examples FOLDER)")
     from hybrid.commands.validate import run_validate
 
     raise typer.Exit(run_validate(device, chip=chip, to=to, fake=fake, quick=quick, as_json=json))
