@@ -15,10 +15,9 @@ from hybrid.commands.plan import num_bytes, seconds
 from hybrid.config import JobConfig
 from hybrid.errors import MachineError
 from hybrid.hardware.fleet import Fleet, Island
-from hybrid.models.profile import build_profile, bytes_per_parameter
-
-FORMAT = "hybrid-profile"
-VERSION = 1
+from hybrid.models.profile import build_profile
+from hybrid.scheduler.search.formats import write_profile
+from hybrid.scheduler.search.table import Cell, ProfileTable, Sizes
 
 
 def run_profile(path: Path, *, out: Path | None, rounds: int, as_json: bool, overrides: Sequence[str]) -> None:
@@ -48,60 +47,48 @@ def run_profile(path: Path, *, out: Path | None, rounds: int, as_json: bool, ove
 
 
 def measure_profile(job: JobConfig, fleet: Fleet, *, rounds: int) -> dict[str, Any]:
-    """Return the measured profile as plain data; the format is in docs/formats_simulator.md."""
+    """Return the measured profile as plain data that `read_profile` takes; the format is in docs/formats.md."""
     import torch
 
     from hybrid.runtime.layer_profile import measure_layers
 
     torch.set_num_threads(job.runtime.threads_per_rank)
-    whole = build_profile(job.model, microbatch=job.batch.microbatch, precision=job.precision)
-    cells, notes, sizes = [], [], None
+    batch = job.batch.microbatch
+    whole = build_profile(job.model, microbatch=batch, precision=job.precision)
+    cells: dict[tuple[str, int, int], Cell] = {}
+    notes = ["each kind of layer run alone, medians; a backward is split in halves; update_s is the whole model's"]
+    sizes: Sizes | None = None
     for island in {island.chip.name: island for island in fleet.islands}.values():
         backend, note = _open(island)
-        if note:
-            notes.append(note)
-        kinds = {
-            row.kind: row
-            for row in measure_layers(
-                job.model, backend, microbatch=job.batch.microbatch, precision=job.precision, rounds=rounds
-            )
-        }
+        notes += [note] if note else []
+        measured = measure_layers(job.model, backend, microbatch=batch, precision=job.precision, rounds=rounds)
+        kinds = {row.kind: row for row in measured}
         rows = [kinds[layer.kind] for layer in whole.layers]
-        sizes = sizes or rows
-        cells.append(
-            {
-                "chip": island.chip.name,
-                "tensor_parallel": 1,
-                "microbatch": job.batch.microbatch,
-                "forward_s": [row.forward_s for row in rows],
-                "input_gradient_s": [row.backward_s / 2 for row in rows],
-                "weight_gradient_s": [row.backward_s / 2 for row in rows],
-                "update_s": [row.update_s for row in rows],
-            }
+        half = tuple(row.backward_s / 2 for row in rows)
+        cells[island.chip.name, 1, batch] = Cell(
+            forward_s=tuple(row.forward_s for row in rows),
+            input_gradient_s=half,
+            weight_gradient_s=half,
+            update_s=sum(row.update_s for row in rows),
+        )
+        sizes = sizes or Sizes(
+            num_parameters=tuple(row.num_parameters for row in rows),
+            saved_bytes=tuple(row.saved_bytes // batch for row in rows),
+            output_bytes=tuple(row.output_bytes // batch for row in rows),
         )
     assert sizes is not None, "a fleet has an island"
-    batch = job.batch.microbatch
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": whole.model,
-        "source": "measured",
-        "note": "; ".join(["each kind of layer run alone, medians; a backward is split in halves", *notes]),
-        "sequence_length": job.model.sequence_length,
-        "precision": job.precision,
-        "bytes_per_parameter": bytes_per_parameter(job.precision),
-        "layers": [layer.name for layer in whole.layers],
-        "sizes": [
-            {
-                "tensor_parallel": 1,
-                "num_parameters": [row.num_parameters for row in sizes],
-                "saved_bytes": [row.saved_bytes // batch for row in sizes],
-                "output_bytes": [row.output_bytes // batch for row in sizes],
-                "flops": [layer.forward_flops / batch for layer in whole.layers],
-            }
-        ],
-        "cells": cells,
-    }
+    return write_profile(
+        ProfileTable(
+            model=whole.model,
+            source="measured",
+            note="; ".join(notes),
+            sequence_length=job.model.sequence_length,
+            precision=job.precision,
+            layers=tuple(layer.name for layer in whole.layers),
+            sizes={1: sizes},
+            cells=cells,
+        )
+    )
 
 
 def _open(island: Island) -> tuple[Any, str]:
@@ -118,7 +105,7 @@ def _open(island: Island) -> tuple[Any, str]:
 
 def _print(profile: dict[str, Any], console: Console) -> None:
     table = Table(title=f"{profile['model']}, {profile['precision']}, measured")
-    for column in ("chip", "layers", "forward", "backward", "update", "saved a sample"):
+    for column in ("chip", "layers", "forward", "backward", "saved a sample"):
         table.add_column(column, justify="left" if column in ("chip", "layers") else "right", no_wrap=True)
     saved = profile["sizes"][0]["saved_bytes"]
     for cell in profile["cells"]:
@@ -129,7 +116,6 @@ def _print(profile: dict[str, Any], console: Console) -> None:
                 names[first] if end - first == 1 else f"{names[first]} to {names[end - 1]}",
                 seconds(cell["forward_s"][index]),
                 seconds(cell["input_gradient_s"][index] + cell["weight_gradient_s"][index]),
-                seconds(cell["update_s"][index]),
                 num_bytes(saved[index]),
             )
     console.print(table)

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from hybrid.cli import main
+from hybrid.scheduler.search.formats import read_profile, write_profile
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -94,9 +95,11 @@ def test_a_profile_has_a_row_a_layer_and_says_what_was_measured(job, tmp_path, c
     assert (profile["format"], profile["version"], profile["source"]) == ("hybrid-profile", 1, "measured")
     assert [cell["chip"] for cell in profile["cells"]] == ["trn2", "h100"]
     for cell in profile["cells"]:
-        for name in ("forward_s", "input_gradient_s", "weight_gradient_s", "update_s"):
+        assert cell["update_s"] > 0
+        for name in ("forward_s", "input_gradient_s", "weight_gradient_s"):
             assert len(cell[name]) == len(profile["layers"]) == 4
             assert min(cell[name]) > 0
+    assert write_profile(read_profile(profile)) == profile
 
 
 def test_a_measured_profile_holds_the_bytes_that_the_formulas_say(job, tmp_path, capsys):
