@@ -103,8 +103,8 @@ class Takes:
         for at in range(self.counts.shape[1] - 1):
             low_s, high_s = self.seconds[:, at], self.seconds[:, at + 1]
             low, high = self.counts[:, at], self.counts[:, at + 1]
-            share = (seconds - low_s) / np.maximum(high_s - low_s, 1e-300)
+            share = (seconds - low_s) / np.maximum(high_s - low_s, 1e-30)
             taken = np.where((seconds >= low_s) & (high > low), low + np.minimum(share, 1.0) * (high - low), taken)
-        beyond = self.counts[:, -1] + (seconds - self.seconds[:, -1]) / np.maximum(self.pace_s, 1e-300)
+        beyond = self.counts[:, -1] + (seconds - self.seconds[:, -1]) / np.maximum(self.pace_s, 1e-30)
         taken = np.where(seconds >= self.seconds[:, -1], beyond, taken)
         return np.asarray(self.samples * np.minimum(np.floor(taken + 1e-9), self.most))

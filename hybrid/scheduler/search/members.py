@@ -65,7 +65,7 @@ def _program(chips: NDArray[np.float64], available: Sequence[int], replicas: int
             LinearConstraint(per_stage, replicas, replicas),
             LinearConstraint(per_pool, 0, np.array(available, dtype=np.float64)),
         ],
-        options={"time_limit": 0.2},
+        options={"node_limit": 200},
     )
     if found.x is None:
         return None

@@ -18,6 +18,8 @@ from hybrid.scheduler.search.problem import Problem
 
 _INTEGER_UP_TO = 8192
 """Chips up to which replicas are counted by an integer program; beyond, rounding costs next to nothing."""
+_NODES = 40
+"""Of an integer program's tree: a count, not a time, so that a plan is the same on a busy machine."""
 _STEPS = 16
 _STRETCHES = tuple(float(x) for x in np.geomspace(1.0, 64.0, 19))
 """Steps tried where cost counts, as multiples of the fastest."""
@@ -133,7 +135,7 @@ class Program:
             integrality=np.ones(len(used), dtype=np.intp),
             bounds=Bounds(0, np.inf),
             constraints=constraints,
-            options={"time_limit": 0.25, "mip_rel_gap": 2e-3},
+            options={"node_limit": _NODES, "mip_rel_gap": 2e-3},
         )
         if found.x is None:
             return None

@@ -49,16 +49,13 @@ def _does_not_fit(problem: Problem, what: str, lack: float, pool: int) -> PlanEr
     )
 
 
-def refusal(problem: Problem, columns: list[Column], choices: list[Choice] | None = None) -> Exception:
-    """Return the error of a search that found nothing: memory, a link, or a limit, with the number."""
-    if choices:
-        return _limit(problem, [choice for choice in choices if np.isfinite(choice.step_s)] or choices)
+def refusal(problem: Problem, columns: list[Column]) -> Exception:
+    """Return the error of a search without limits that found nothing: a link or memory, with the number."""
     missing = _missing_link(problem)
     if not columns:
-        return missing or _deepest(problem)
-    if missing is not None and all(not np.isfinite(column.seconds).any() for column in columns):
-        return missing
-    return _too_few_in_flight(problem, columns)
+        lack = _lack_bytes(problem)
+        return missing if missing is not None and lack[0] <= 0 else _deepest(problem, *lack)
+    return missing or _too_few_in_flight(problem, columns)
 
 
 def _too_few_in_flight(problem: Problem, columns: list[Column]) -> PlanError:
@@ -86,34 +83,34 @@ def _missing_link(problem: Problem) -> FleetError | None:
     return None
 
 
-def _deepest(problem: Problem) -> PlanError:
-    """Return how much the best split on all chips misses, one stage a chip, at the smallest microbatch."""
-    microbatch = min(problem.vocabulary.microbatches)
-    table = OptionTable(problem, microbatch)
-    parameters = table.base_bytes[:, 0, -1] + table.held_bytes[:, 0, -1]
+def _lack_bytes(problem: Problem) -> tuple[float, float]:
+    """Return how many bytes the model needs beyond what all chips have, and how many it needs."""
+    table = OptionTable(problem, min(problem.vocabulary.microbatches))
+    unsplit = np.array([option.degree for option in table.options])
+    need = float(((table.base_bytes[:, 0, -1] + table.held_bytes[:, 0, -1]) * unsplit).min())
     have = sum(
         pool.num_chips * float(table.limit_bytes[table.pool_of == index].max())
         for index, pool in enumerate(problem.pools)
         if np.any(table.pool_of == index)
     )
-    unsplit = np.array([option.degree for option in table.options])
-    need = float((parameters * unsplit).min())
-    # Even where the sum suffices, layers do not divide; the largest shortage of one cut is then what is missing.
-    lack = need - have
+    return need - have, need
+
+
+def _deepest(problem: Problem, lack: float, need: float) -> PlanError:
+    """Return what all chips together miss, or that layers do not divide so finely."""
     if lack > 0:
         return PlanError(
-            f"the model fits nowhere: it needs {round(need):,} bytes and the fleet has {round(have):,} free",
+            f"the model fits nowhere: it needs {round(need):,} bytes and the fleet has {round(need - lack):,} free",
             fix=f"add {round(lack):,} bytes ({lack / 2**30:.3f} GiB) of memory, or a smaller microbatch or model",
         )
-    chips = table.problem.pools[int(table.pool_of[0])]
     share = need / sum(pool.num_chips for pool in problem.pools)
     return PlanError(
-        f"no split of the layers fits, although their sum does: {round(need):,} bytes of {round(have):,}",
-        fix=f"give each chip of {chips.name} {round(share):,} bytes more, or add a chip",
+        f"no split of the layers fits, although their sum does: {round(need):,} bytes of {round(need - lack):,}",
+        fix=f"give each chip up to {round(share):,} bytes more, or add a chip",
     )
 
 
-def _limit(problem: Problem, choices: list[Choice]) -> PlanError:
+def limit_refusal(problem: Problem, choices: list[Choice]) -> PlanError:
     """Return which limit the closest choice breaks and by how much."""
     limits = problem.limits
     fastest = min(choices, key=lambda choice: choice.step_s)

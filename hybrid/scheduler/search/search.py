@@ -6,19 +6,19 @@ the step's length that the last linear program reached, until it stops falling.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hybrid.scheduler.search.cheapest import price_grid
-from hybrid.scheduler.search.choice import Choice
+from hybrid.scheduler.search.choice import Choice, share_out
 from hybrid.scheduler.search.columns import Column, enumerate_columns
 from hybrid.scheduler.search.exact import choose_exactly
 from hybrid.scheduler.search.generate import Generator
 from hybrid.scheduler.search.options import Array, Ints, OptionTable
-from hybrid.scheduler.search.problem import Problem, merge_pools
+from hybrid.scheduler.search.problem import Limits, Problem, merge_pools
 from hybrid.scheduler.search.program import Program
-from hybrid.scheduler.search.refuse import check_hopes, refusal
+from hybrid.scheduler.search.refuse import check_hopes, limit_refusal, refusal
 
 _SMALL_CHIPS, _SMALL_COLUMNS = 8, 120_000
 _COARSE_CUTS = 13
@@ -58,9 +58,23 @@ def search(problem: Problem, *, method: str = "auto") -> Found:
         if columns is not None:
             choice = choose_exactly(problem, columns)
             if choice is None:
-                raise refusal(problem, columns)
+                raise _refused(problem, columns)
             return Found(choice=choice, method="exact", num_columns=len(columns))
     return _generate(problem, tables)
+
+
+def _refused(problem: Problem, columns: list[Column]) -> Exception:
+    """Return the error: without limits what is missing, with limits how far the closest plan is from them."""
+    if problem.limits == Limits():
+        return refusal(problem, columns)
+    free = replace(problem, limits=Limits(), objective="throughput")
+    choices = [search(free).choice]
+    for price in ("usd_per_hour", "watts"):
+        per_chip = np.array([getattr(pool, price) for pool in problem.pools])
+        for column in sorted(columns, key=lambda column: float(per_chip @ np.array(column.chips)))[:8]:
+            choice = share_out(problem, [(column, 1)])
+            choices += [choice] if choice is not None else []
+    return limit_refusal(problem, choices)
 
 
 def _is_small(problem: Problem) -> bool:
@@ -80,7 +94,7 @@ def _generate(problem: Problem, tables: list[OptionTable]) -> Found:
             choices += found
     kept = [choice for choice in choices if choice.keeps_limits and np.isfinite(choice.step_s)]
     if not kept:
-        raise refusal(problem, columns, choices)
+        raise _refused(problem, columns)
     best = min(kept, key=lambda choice: choice.score)
     return Found(choice=best, method="column generation", num_columns=len(columns))
 
