@@ -16,6 +16,10 @@ BENCHES: Mapping[str, tuple[str, str]] = {
         "hybrid.bench.pipeline:measure_pipeline",
         "One process, torch's 1F1B and ours side by side; emulated ranks against the simulated step.",
     ),
+    "planner": (
+        "hybrid.bench.planner:measure_planner",
+        "Plans against exhaustive search and against Sailor's published problem; time by chips, kinds and layers.",
+    ),
     "schedules": (
         "hybrid.bench.schedules:measure_schedules",
         "Bubble rates against the published ones, and the search against every named schedule.",
