@@ -16,8 +16,6 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hybrid.complaints import Key, Place, complaint_of
-from hybrid.errors import ConfigError
-from hybrid.marked_yaml import read_yaml
 
 
 def _no_flag(value: object) -> object:
@@ -247,8 +245,17 @@ class RuntimeConfig(_Frozen):
         return self
 
 
+class NumericsConfig(_Frozen):
+    """How the chips of one island multiply matrices; accumulation is fp32."""
+
+    matmul: Literal["fp32", "tf32", "bf16", "fp8"]
+    """Format of a linear layer's inputs; `fp8` takes the chip's own encoding and one scale a tensor."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """`stochastic` is seeded by the job's seed."""
+
+
 class EmulationConfig(_Frozen):
-    """How emulated chips keep their pace."""
+    """How emulated chips keep their pace, and their numbers."""
 
     time_scale: Annotated[Real, Field(gt=0)] | Literal["auto"] = "auto"
     """Wall seconds for one second of the real chip; `auto` takes the smallest at which this machine keeps up."""
@@ -256,6 +263,8 @@ class EmulationConfig(_Frozen):
     """False computes as fast as this machine can."""
     efficiency: Annotated[Real, Field(gt=0, le=1)] = 0.4
     """Share of the catalog's peak that the cost table assumes."""
+    numerics: dict[str, NumericsConfig] = {}
+    """By an island's name: how its linear layers compute; an island that is not named computes in `precision`."""
 
 
 class JobConfig(_Frozen):
@@ -291,7 +300,12 @@ class JobConfig(_Frozen):
         raise ValueError("not a fleet; valid: a mapping with islands, links, catalog, or the word ray")
 
     @model_validator(mode="after")
-    def _stages_have_layers(self) -> JobConfig:
+    def _parts_fit(self) -> JobConfig:
+        numerics = self.emulation.numerics
+        names = [island.name for island in self.fleet.islands] if isinstance(self.fleet, FleetConfig) else numerics
+        strange = sorted(numerics.keys() - names)
+        if strange:
+            raise ValueError(f"emulation.numerics names no island: {strange[0]}; valid: {', '.join(names)}")
         if self.num_stages is not None and self.num_stages > self.model.num_layers:
             raise ValueError(
                 f"num_stages {self.num_stages} is more than the model's {self.model.num_layers} layers "
@@ -300,50 +314,17 @@ class JobConfig(_Frozen):
         return self
 
 
-def load_job(path: Path) -> JobConfig:
-    """Return the job in a YAML file; its relative paths are taken from the file's folder.
-
-    Raises:
-        ConfigError: no such file, no YAML, an unknown key, a wrong value; names file, line, key, value and valid ones.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(
-            "no such job file", value=str(path), fix="give the path of a job.yaml; see examples/"
-        ) from None
-    except UnicodeDecodeError as error:
-        fact = f"job file is not UTF-8 text at byte {error.start}"
-        raise ConfigError(fact, where=str(path), fix="give a YAML file; see examples/") from None
-    except OSError as error:
-        fact = f"job file cannot be read: {error.strerror}"
-        raise ConfigError(fact, value=str(path), fix="give the path of a job.yaml; see examples/") from None
-    document = read_yaml(text, what="job file", where=str(path))
-    if not isinstance(document.value, dict):
-        raise ConfigError(
-            f"job file holds {'nothing' if document.value is None else 'no mapping'}",
-            where=str(path),
-            valid=f"a mapping of {', '.join(JobConfig.model_fields)}",
-            fix="see examples/",
-        )
-
-    def place(key: Key) -> str:
-        return f"{path}, line {document.line_of(key)}: {_dotted(key)}"
-
-    return _anchored(_parsed(document.value, place), path.parent)
-
-
 def parse_job(raw: Mapping[str, object], *, where: str | Place = "job") -> JobConfig:
-    """Return the job that a mapping describes; see `load_job`. Relative paths stay as they are.
+    """Return the job that a mapping describes; see `hybrid.job_file.load_job`. Relative paths stay as they are.
 
     Args:
         where: names the mapping's origin in errors, by itself or for a key.
     """
-    return _parsed(raw, (lambda key: f"{where}: {_dotted(key)}") if isinstance(where, str) else where)
+    return _parsed(raw, (lambda key: f"{where}: {dotted(key)}") if isinstance(where, str) else where)
 
 
 def dump_job(job: JobConfig) -> str:
-    """Return the job as YAML that `load_job` reads back equal."""
+    """Return the job as YAML that `hybrid.job_file.load_job` reads back equal."""
     return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False)
 
 
@@ -365,16 +346,6 @@ def cache_dir() -> Path:
     return Path(environment("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid"
 
 
-def _anchored(job: JobConfig, base: Path) -> JobConfig:
-    """Anchor the job's input paths to the folder of its file (a run folder stays relative to where one stands)."""
-    if job.data.path is not None and not job.data.path.is_absolute():
-        job = job.model_copy(update={"data": job.data.model_copy(update={"path": base / job.data.path})})
-    if isinstance(job.fleet, FleetConfig) and job.fleet.catalog is not None and not job.fleet.catalog.is_absolute():
-        fleet = job.fleet.model_copy(update={"catalog": base / job.fleet.catalog})
-        job = job.model_copy(update={"fleet": fleet})
-    return job
-
-
 def _parsed(raw: Mapping[str, object], place: Place) -> JobConfig:
     try:
         return JobConfig.model_validate(raw)
@@ -382,5 +353,6 @@ def _parsed(raw: Mapping[str, object], place: Place) -> JobConfig:
         raise complaint_of(error.errors(include_url=False), JobConfig, place) from None
 
 
-def _dotted(key: Key) -> str:
+def dotted(key: Key) -> str:
+    """Return a key's place in the job as one writes it: `batch.microbatch`."""
     return ".".join(map(str, key)) or "job"

@@ -81,6 +81,8 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
         return ("list of " if Ellipsis in get_args(annotation) else "pair of ") + _type(args[0], [])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "mapping"
+    if origin is dict:
+        return f"{_type(get_args(annotation)[1], [])} by name"
     names = {
         int: "whole number",
         float: "number",

@@ -21,6 +21,7 @@ from torch import Tensor
 from hybrid.backends import BackendOptions, open_backend
 from hybrid.backends.ahead import compile_ahead
 from hybrid.backends.emulated import EmulatedBackend
+from hybrid.backends.number_emulation import emulate_matmuls
 from hybrid.config import JobConfig
 from hybrid.errors import CommError, DataError, HybridError, PeerLost, TrainingDiverged
 from hybrid.models.sampler import batch_at, held_out_batch
@@ -55,6 +56,7 @@ from hybrid.runtime.messages import (
 )
 from hybrid.runtime.optimizer import AdamW, global_norm, learning_rate
 from hybrid.runtime.placement import WorkerSpec
+from hybrid.runtime.stage_numerics import declared_numerics
 from hybrid.runtime.stage_state import StageState, is_due, squares_of_layers
 from hybrid.runtime.warmup import first_calls_of, warm_up
 from hybrid.scheduler.lowering import lower_communication
@@ -163,6 +165,10 @@ class Worker:
         state_bytes = sum(p.numel() * p.element_size() for p in stage.parameters()) * 4
         self._backend.allocate(state_bytes, "weights, gradients and optimizer state")
         self._stage: Stage = self._backend.place(stage)
+        island, chip = plan.island, self._spec.chip
+        numerics = declared_numerics(job, island=island, chip=chip, backend=plan.backend)
+        if numerics is not None:
+            emulate_matmuls(self._stage, numerics, seed=job.seed + plan.stage)
         self._compute = StageCompute(
             self._stage,
             self._backend,
