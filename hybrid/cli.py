@@ -1,4 +1,4 @@
-"""The command line: `hybrid doctor | profile | plan | simulate | train | submit | bench | export | validate`.
+"""The command line: `hybrid doctor | profile | plan | simulate | train | submit | bench | export | validate | parity`.
 
 Thin: parses words, calls `hybrid.commands`, turns errors into one line and an exit code. Imports neither torch nor
 Ray nor pydantic before a command needs them, so that `hybrid --help` answers at once.
@@ -134,6 +134,19 @@ def simulate(
         sequence_length=sequence_length,
         as_json=json,
     )
+
+
+@app.command()
+def parity(
+    job: Job,
+    steps: Annotated[int, typer.Option("--steps", min=1, max=1000, help="The job's first steps.")] = 3,
+    json: Json = False,
+    override: Override = None,
+) -> None:
+    """Compare each layer under its chip's emulated numerics with fp32 on the CPU."""
+    from hybrid.commands.parity import run_parity_command
+
+    raise typer.Exit(run_parity_command(job, steps=steps, as_json=json, overrides=override or []))
 
 
 @app.command()
