@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hybrid.config import JobConfig, load_job
+    from hybrid.config import JobConfig
     from hybrid.errors import HybridError
     from hybrid.hardware import Fleet, build_fleet, load_catalog
+    from hybrid.job_file import load_job
     from hybrid.models.profile import build_profile
     from hybrid.scheduler.plan import Plan
     from hybrid.scheduler.planner import plan
@@ -26,7 +27,7 @@ _MODULE_OF_NAME = {
     "build_fleet": "hybrid.hardware",
     "build_profile": "hybrid.models.profile",
     "load_catalog": "hybrid.hardware",
-    "load_job": "hybrid.config",
+    "load_job": "hybrid.job_file",
     "plan": "hybrid.scheduler.planner",
 }
 

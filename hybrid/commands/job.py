@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.complaints import Key, close_to
-from hybrid.config import FleetConfig, JobConfig, load_job, parse_job
+from hybrid.config import FleetConfig, JobConfig, parse_job
 from hybrid.errors import ConfigError, FleetError, PlanError
 from hybrid.hardware.catalog import load_catalog
 from hybrid.hardware.fleet import Fleet, build_fleet
+from hybrid.job_file import load_job
 from hybrid.marked_yaml import read_yaml
 from hybrid.models.profile import build_profile
 from hybrid.scheduler.plan import Plan

@@ -103,7 +103,7 @@ def test_a_profile_has_a_row_a_layer_and_says_what_was_measured(job, tmp_path, c
 
 
 def test_a_measured_profile_holds_the_bytes_that_the_formulas_say(job, tmp_path, capsys):
-    from hybrid.config import load_job
+    from hybrid.job_file import load_job
     from hybrid.models.profile import build_profile
 
     run(capsys, "profile", job, "--out", tmp_path / "p.json", "--rounds", 1)

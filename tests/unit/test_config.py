@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid.commands.job import read_job
-from hybrid.config import JobConfig, cache_dir, dump_job, environment, load_job, parse_job
+from hybrid.config import JobConfig, cache_dir, dump_job, environment, parse_job
 from hybrid.errors import ConfigError
+from hybrid.job_file import load_job
 
 FLEET = {"islands": [{"name": "a", "device": "trn2"}]}
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
