@@ -15,6 +15,7 @@ from hybrid.hardware.fleet import Fleet, build_fleet
 from hybrid.job_file import load_job
 from hybrid.marked_yaml import read_yaml
 from hybrid.models.profile import build_profile
+from hybrid.runtime.stage_numerics import check_numerics
 from hybrid.scheduler.plan import Plan
 from hybrid.scheduler.planner import plan as make_plan
 
@@ -90,9 +91,14 @@ def plan_of(job: JobConfig, fleet: Fleet, plan_file: Path | None = None) -> Plan
 
     Raises:
         PlanError: nothing fits, or the file's plan is of another job.
+        ConfigError, UnsupportedFormat: `emulation.numerics` does not fit the plan's chips.
     """
-    if plan_file is not None:
-        return _read_plan(plan_file, job, fleet)
+    plan = _make_plan(job, fleet) if plan_file is None else _read_plan(plan_file, job, fleet)
+    check_numerics(job, fleet, plan)
+    return plan
+
+
+def _make_plan(job: JobConfig, fleet: Fleet) -> Plan:
     profile = build_profile(job.model, microbatch=job.batch.microbatch, precision=job.precision)
     return make_plan(
         profile,

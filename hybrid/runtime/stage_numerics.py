@@ -1,24 +1,50 @@
 """Which arithmetic a stage's chip is to be emulated with: the job's words checked against the chip's generation.
 
-Decides only; `backends/number_emulation.py` computes. May import all but the launcher.
+Decides only; `backends/number_emulation.py` computes. The driver checks with it, so torch waits until it is needed.
 """
 
 from __future__ import annotations
 
-from hybrid.backends.number_emulation import MatmulNumerics
+from typing import TYPE_CHECKING
+
 from hybrid.config import JobConfig
 from hybrid.errors import ConfigError, UnsupportedFormat
 from hybrid.hardware.chips import Chip
-from hybrid.hardware.numerics import load_numerics
+from hybrid.hardware.fleet import Fleet
+from hybrid.hardware.numerics import GenerationNumerics, load_numerics
+from hybrid.scheduler.plan import Plan
+
+if TYPE_CHECKING:
+    from hybrid.backends.number_emulation import MatmulNumerics
 
 
 def declared_numerics(job: JobConfig, *, island: str, chip: Chip, backend: str) -> MatmulNumerics | None:
     """Return what `emulation.numerics` says of an island; None where it says nothing.
 
     Raises:
+        ConfigError, UnsupportedFormat: see `check_numerics`.
+    """
+    row = _checked_row(job, island, chip, backend)
+    if row is None:
+        return None
+    from hybrid.backends.number_emulation import MatmulNumerics
+
+    asked = job.emulation.numerics[island]
+    return MatmulNumerics(matmul=asked.matmul, rounding=asked.rounding, fp8_format=row.fp8 or "e4m3fn")
+
+
+def check_numerics(job: JobConfig, fleet: Fleet, plan: Plan) -> None:
+    """Refuse numerics that a stage's chip does not have or that would be without effect.
+
+    Raises:
         ConfigError: the island's chips are not emulated, so their numerics are their own; or the job is in fp64.
         UnsupportedFormat: the chip's generation has no such format or rounding.
     """
+    for stage in plan.stages:
+        _checked_row(job, stage.island, fleet.island(stage.island).chip, stage.backend)
+
+
+def _checked_row(job: JobConfig, island: str, chip: Chip, backend: str) -> GenerationNumerics | None:
     asked = job.emulation.numerics.get(island)
     if asked is None:
         return None
@@ -50,4 +76,4 @@ def declared_numerics(job: JobConfig, *, island: str, chip: Chip, backend: str) 
                 where=f"{where}.{what}",
                 fix="take one of these",
             )
-    return MatmulNumerics(matmul=asked.matmul, rounding=asked.rounding, fp8_format=row.fp8 or "e4m3fn")
+    return row
