@@ -2,7 +2,7 @@
 
 It is an emulation and says so: it keeps the chip's *pace* (an action ends no sooner than the cost table says), its
 *memory limit*, its *number formats* and, where the chip runs static graphs, its *fixed shapes*. It does not reproduce
-the chip's kernels or its rounding.
+the chip's kernels; formats and rounding of its products only where the job asks (`number_emulation.py`).
 
 How pace works on a machine with fewer cores than chips: a device runs its actions back to back, as an accelerator
 does whose host enqueues ahead. An action starts when the one before it ended *on the emulated clock* or when its

@@ -1,6 +1,7 @@
 """Emulated numerics have the properties of their formats, and parity finds what is wrong where it is wrong."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from hybrid.models.tokens import prepare_data
 from hybrid.observe.events import Event, StepEvent
 from hybrid.runtime.local import ThreadPlacement
 from hybrid.runtime.parity import run_parity
+from hybrid.runtime.parity_cause import Product, likely_cause, replay
 from hybrid.runtime.parity_report import Errors, ParityReport, ratio_of
 from hybrid.runtime.trainer import train
 
@@ -72,7 +74,7 @@ BF16 = {"matmul": "bf16"}
 BF16_BY_CHANCE = {"matmul": "bf16", "rounding": "stochastic"}
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("numerics", [{}, {"a": BF16, "b": BF16}, {"a": BF16_BY_CHANCE, "b": BF16}])
 def test_a_clean_bf16_run_on_a_mixed_fleet_raises_no_alarm(numerics: dict[str, Any], seed: int, tmp_path: Path) -> None:
     report = _parity(tmp_path, emulation={"numerics": numerics}, seed=seed)
@@ -90,7 +92,7 @@ def test_a_clean_fp32_run_has_no_error_at_all(tmp_path: Path) -> None:
     assert all(row.judged().linf == 0 and row.end_to_end_gradient.linf == 0 for row in report.rows)
 
 
-@pytest.mark.parametrize("layer", ["block.00", "block.02", "head"])
+@pytest.mark.parametrize("layer", ["block.01", "head"])
 @pytest.mark.parametrize(
     ("precision", "numerics", "kind", "words"),
     [
@@ -100,6 +102,12 @@ def test_a_clean_fp32_run_has_no_error_at_all(tmp_path: Path) -> None:
         ("fp32", MatmulNumerics(matmul="tf32"), "tf32", "TF32"),
         ("fp32", MatmulNumerics(matmul="bf16"), "auto-cast", "bf16"),
         ("fp32", MatmulNumerics(matmul="bf16", rounding="stochastic"), "rounding", "chance"),
+        (
+            "bf16",
+            MatmulNumerics(matmul="fp8", fp8_format="e4m3", rounding="stochastic"),
+            "rounding",
+            "e4m3fn rounded by",
+        ),
         ("bf16", MatmulNumerics(matmul="bf16", output_factor=2.0), "scale", "2 times"),
         ("bf16", MatmulNumerics(matmul="fp8", fp8_format="e4m3", amax_factor=1 / 16), "scale", "0.0625"),
     ],
@@ -219,7 +227,16 @@ def test_wrong_words_about_numerics_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no island: c; valid: a, b"):
         parse_job(_raw(tmp_path, emulation={"numerics": {"c": {"matmul": "fp8"}}}))
     with pytest.raises(UnsupportedFormat, match="h100 does not have this rounding"):
-        _parity(tmp_path, emulation={"numerics": {"b": {"matmul": "bf16", "rounding": "stochastic"}}})
+        _parity(tmp_path, emulation={"numerics": {"b": BF16_BY_CHANCE}})
+    host = {"name": "a", "device": "cpu", "count": 2}
+    numerics = {"numerics": {"a": BF16}}
+    with pytest.raises(ConfigError, match="numerics are emulated on emulated chips alone"):
+        _parity(tmp_path, fleet={"islands": [host]}, emulation=numerics)
+    emulated = {"islands": [{**host, "backend": "emulated"}]}
+    with pytest.raises(ConfigError, match="narrower than the job's precision"):
+        _parity(tmp_path, fleet=emulated, precision="fp64", emulation=numerics)
+    with pytest.raises(ConfigError, match="judged in units of bf16's error"):
+        _parity(tmp_path, fleet=emulated, precision="fp64")
     with pytest.raises(ConfigError, match=r"valid: embedding, block\.00"):
         _parity(tmp_path, instead={"block.07": E5M2})
 
@@ -242,10 +259,35 @@ def _losses(raw: dict[str, Any]) -> list[float]:
 
 def test_a_job_trains_under_emulated_numerics_to_losses_of_its_own(tmp_path: Path) -> None:
     def losses(**numerics: Any) -> list[float]:
-        return _losses(_raw(tmp_path, steps=20, emulation={"pace": False, "numerics": numerics}))
+        return _losses(_raw(tmp_path, steps=10, emulation={"pace": False, "numerics": numerics}))
 
     plain = losses()
     emulated = losses(a={"matmul": "fp8", "rounding": "stochastic"}, b={"matmul": "fp8"})
     assert plain != emulated
     assert emulated[-1] < emulated[0]
     assert emulated[-1] == pytest.approx(plain[-1], rel=0.02)
+
+
+@pytest.mark.parametrize("fault", [MatmulNumerics(matmul="tf32"), MatmulNumerics(matmul="bf16"), E5M2])
+def test_a_cause_is_found_on_a_chip_that_sums_in_another_order(fault: MatmulNumerics) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, weight, grad = (torch.randn(shape, generator=generator) for shape in ((64, 512), (48, 512), (64, 48)))
+    exact = Product(x=x, weight=weight, grad=grad, y=x @ weight.T, grad_weight=grad.T @ x)
+
+    def summed_otherwise(numerics: MatmulNumerics) -> Product:
+        seen_x, seen_weight = quantize(x, numerics).double(), quantize(weight, numerics).double()
+        seen_grad = quantize(grad, numerics, is_gradient=True).double()
+        return replace(exact, y=(seen_x @ seen_weight.T).float(), grad_weight=(seen_grad.T @ seen_x).float())
+
+    cause = likely_cause(exact, summed_otherwise(fault), "fp32", seed=1)
+    wanted = replay(exact, fault, "fp32", seed=1)
+    alone = likely_cause(exact, wanted, "fp32", seed=1)
+    assert (cause.kind, cause.detail) == (alone.kind, alone.detail)
+    assert cause.distance < 0.05
+    # The other order alone is no fault: it stays in the band of fp32.
+    near = replay(exact, None, "bf16", seed=1)
+    limits = load_numerics().parity.limits("fp32")
+    for name in ("y", "grad_weight"):
+        wide, right = getattr(summed_otherwise(MatmulNumerics()), name), getattr(exact, name)
+        ratio = float((wide - right).norm() / (getattr(near, name) - right).norm())
+        assert 0 < ratio < limits[1] / 10
