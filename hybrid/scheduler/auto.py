@@ -14,9 +14,9 @@ from random import Random
 
 from hybrid.errors import PlanError
 from hybrid.scheduler.actions import Schedule
-from hybrid.scheduler.pipeline_costs import PipelineCosts
 from hybrid.scheduler.greedy import Outcome, Policy, list_schedule
 from hybrid.scheduler.interleaved import interleaved, round_layout
+from hybrid.scheduler.pipeline_costs import PipelineCosts
 from hybrid.scheduler.schedules import SCHEDULES
 from hybrid.scheduler.zero_bubble import v_layout, zb_v
 

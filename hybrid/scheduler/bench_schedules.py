@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from hybrid.scheduler.actions import Action, Kind, Schedule
 from hybrid.scheduler.auto import auto_schedule, fitting_by_hand
-from hybrid.scheduler.pipeline_costs import PipelineCosts, equal_costs
 from hybrid.scheduler.interleaved import interleaved, round_layout
+from hybrid.scheduler.pipeline_costs import PipelineCosts, equal_costs
 from hybrid.scheduler.schedules import one_f_one_b
 from hybrid.scheduler.simulate import simulate
 from hybrid.scheduler.zero_bubble import v_layout, zb_h1, zb_h2

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from hybrid.errors import PlanError, ScheduleError
 from hybrid.scheduler.auto import auto_schedule, fitting_by_hand
 from hybrid.scheduler.check import check_schedule
-from hybrid.scheduler.pipeline_costs import PipelineCosts, equal_costs
 from hybrid.scheduler.greedy import Policy, list_schedule
 from hybrid.scheduler.interleaved import round_layout
 from hybrid.scheduler.lowering import lower_communication
+from hybrid.scheduler.pipeline_costs import PipelineCosts, equal_costs
 from hybrid.scheduler.zero_bubble import v_layout
 
 seconds = st.floats(0.1, 4.0)

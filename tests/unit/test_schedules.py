@@ -3,10 +3,10 @@ import pytest
 from hybrid.errors import ScheduleError
 from hybrid.scheduler.actions import Kind
 from hybrid.scheduler.check import check_schedule
-from hybrid.scheduler.pipeline_costs import equal_costs
 from hybrid.scheduler.held import peak_held_of_rank, peak_in_flight_of_stage
 from hybrid.scheduler.interleaved import interleaved, round_layout
 from hybrid.scheduler.lowering import lower_communication
+from hybrid.scheduler.pipeline_costs import equal_costs
 from hybrid.scheduler.schedules import SCHEDULES, build_schedule, gpipe, one_f_one_b
 from hybrid.scheduler.zero_bubble import v_layout, zb_h1, zb_h2, zb_v
 
