@@ -46,11 +46,11 @@ def print_parity(report: ParityReport, console: Console) -> None:
     limits = report.max_linf_ratio, report.max_l2_ratio
     title = f"{report.job}: {report.steps} steps, {report.precision}; errors in units of bf16-on-CPU's, largest/L2"
     table = Table(title=title)
-    for column in ("layer", "stage", "island", "chip", "output", "gradient", "whole run", "its gradient", ""):
+    for column in ("layer", "stage", "chip", "output", "gradient", "whole run", "its grad.", ""):
         table.add_column(column, no_wrap=True)
     for row in report.rows:
         table.add_row(
-            *(row.layer, str(row.stage), row.island, row.chip, _text(row.output), _text(row.gradient)),
+            *(row.layer, str(row.stage), row.chip, _text(row.output), _text(row.gradient)),
             *(_text(row.end_to_end_output), _text(row.end_to_end_gradient)),
             "" if row.judged().within(limits) else "out",
         )
@@ -69,4 +69,4 @@ def print_parity(report: ParityReport, console: Console) -> None:
 
 
 def _text(ratio: Ratio) -> str:
-    return f"{ratio.linf:.3g}/{ratio.l2:.3g}"
+    return f"{ratio.linf:.2g}/{ratio.l2:.2g}"
