@@ -10,7 +10,7 @@ from typing import Literal
 
 from hybrid.scheduler.plan import Plan
 
-_SHARE_OF_ACTION = 0.6
+_SHARE_OF_ACTION = 0.75
 """Of an action's paced time, what the CPU may take when the rank has a core for itself."""
 _SHARE_OF_CORES = 0.7
 """Of all cores' time, what the ranks' arithmetic may take together; the rest is Python, wires and the system."""

@@ -97,7 +97,7 @@ def test_at_the_scale_every_action_fits_and_a_tenth_less_would_not_do(rows, num_
 
     def fits(scale: float) -> bool:
         actions = all(
-            cpu_s <= 0.6 * paced_s * scale * (1 + 1e-9)
+            cpu_s <= 0.75 * paced_s * scale * (1 + 1e-9)
             for stage in plan.stages
             for cpu_s, paced_s in (
                 (forward_s[stage.rank], stage.forward_s),
