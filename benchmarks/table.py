@@ -12,12 +12,12 @@ def main(paths: list[str]) -> None:
         told = json.loads(Path(path).read_text(encoding="utf-8"))
         machine = told["machine"]
         print(f"\n### {Path(path).name}\n")
+        memory_gib = machine["memory_bytes"] / 2**30
+        print(f"{told['date']}; {machine['cpu']}, {machine['num_cores']} cores, {memory_gib:.0f} GiB;")
         print(
-            f"{told['date']}; {machine['cpu']}, {machine['num_cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB;"
+            f"{machine['os']}, torch {machine['packages']['torch']}; load {machine['load_average_1_min']} at the start"
         )
-        print(
-            f"{machine['os']}, torch {machine['packages']['torch']}; load {machine['load_average_1_min']} at the start\n"
-        )
+        print()
         print("| figure | |\n|---|---|")
         for name, value in told["summary"].items():
             print(f"| `{name}` | {value:.3f} |")
