@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -54,8 +55,9 @@ def run_plan(path: Path, *, address: str | None, as_json: bool, out: Path | None
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Print the plan as a table of stages."""
-    table = Table(title=f"{plan.job}: {plan.model}, {plan.num_stages} stages, {plan.schedule}, {plan.precision}")
-    for column in ("stage", "island", "chip", "layer", "F", "B", "memory", "idle"):
+    title = f"{plan.job}: {plan.model}, {plan.num_stages} stages, {plan.schedule}, {plan.precision}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("stage", "island", "chip", "layers", "F", "B", "memory", "idle"):
         table.add_column(column, justify="left" if column in ("island", "chip") else "right", no_wrap=True)
     for stage, row in zip(plan.stages, plan.rows(), strict=True):
         table.add_row(
