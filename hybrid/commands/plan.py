@@ -56,7 +56,7 @@ def run_plan(path: Path, *, address: str | None, as_json: bool, out: Path | None
 def print_plan(plan: Plan, console: Console) -> None:
     """Print the plan as a table of stages."""
     title = f"{plan.job}: {plan.model}, {plan.num_stages} stages, {plan.schedule}, {plan.precision}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in ("stage", "island", "chip", "layers", "F", "B", "memory", "idle"):
         table.add_column(column, justify="left" if column in ("island", "chip") else "right", no_wrap=True)
     for stage, row in zip(plan.stages, plan.rows(), strict=True):
