@@ -23,6 +23,7 @@ from hybrid.models.stage import Stage, build_stage
 from hybrid.runtime.capabilities import capabilities_of
 from hybrid.runtime.compute import StageCompute
 from hybrid.runtime.stage_state import squares_of_layers
+from hybrid.transports.zmq_memory import keep_freed_memory
 
 WAIT_S = 30.0
 """The longest wait of one rank for another."""
@@ -35,6 +36,8 @@ class Arm(ABC):
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
+        # Our transport asks this of the process that it runs in; the other arms are spared the page faults as well.
+        keep_freed_memory()
 
     @property
     def overrun_s(self) -> float:

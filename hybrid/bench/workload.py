@@ -63,7 +63,7 @@ COMPUTE_HEAVY = Workload(
         tied_embeddings=False,
     ),
     microbatch=2,
-    num_microbatches=8,
+    num_microbatches=4,
     first_layer_of_stage=(0, 3),
 )
 """Four blocks; 0.25 MiB over the cut for about 50 ms of compute on each side."""
