@@ -67,8 +67,8 @@ class Group(ABC):
     1. *Order*: every member calls the same operations in the same order (send, recv and batch only with the peers
        they name); the group runs them in that order. Any number of groups may be at work at once in one process.
     2. *Asynchronous*: a call returns at once; its `Work` tells the end. Several may be under way.
-    3. *In place*: the tensors given are read and written themselves: contiguous, on the host, of any number of elements,
-       0 among them. Input tensors that are not outputs keep their values.
+    3. *In place*: the tensors given are read and written themselves: contiguous, on the host, of any number of
+       elements, 0 among them. Input tensors that are not outputs keep their values.
     4. *Same bits*: after all_reduce, reduce_scatter and all_gather, what several members hold of one element has the
        same bits on all of them, whatever the algorithm and whoever is slow.
     5. *Numerics*: float16 and bfloat16 are accumulated in float32 and rounded once; float32, float64 and the integers
