@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,14 +133,18 @@ _PLAN_FIX = "write one with `hybrid plan JOB --out plan.yaml`, or leave --plan o
 def _check_job(plan: Plan, job: JobConfig, where: str) -> None:
     """Refuse a plan of another job."""
     profile = build_profile(job.model, microbatch=job.batch.microbatch, precision=job.precision)
-    for name, found, wanted in (
+    facts: list[tuple[str, object, object]] = [
         ("model", plan.model, profile.model),
         ("num_layers", plan.num_layers, job.model.num_layers),
-        ("schedule", plan.schedule, job.schedule),
-        ("num_microbatches", plan.num_microbatches, job.batch.num_microbatches),
-        ("microbatch", plan.microbatch, job.batch.microbatch),
         ("precision", plan.precision, job.precision),
-    ):
+        ("global_batch", plan.global_batch, job.batch.global_batch),
+    ]
+    for replica in plan.replicas:
+        facts += [
+            ("schedule", replica.schedule, job.schedule),
+            ("microbatch", replica.microbatch, job.batch.microbatch),
+        ]
+    for name, found, wanted in facts:
         if found != wanted:
             raise PlanError(
                 f"the plan is of another job: its {name} is {found}, the job's is {wanted}",
@@ -155,17 +159,19 @@ def _check_fleet(plan: Plan, fleet: Fleet, where: str) -> None:
     """Refuse a plan that puts a stage where the fleet has no such device."""
     fix = "plan the job again on this fleet"
     island_of_name = {island.name: island for island in fleet.islands}
-    taken: Counter[str] = Counter()
-    for stage in plan.stages:
-        place = f"{where}: stages[{stage.stage}]"
+    taken: defaultdict[str, set[int]] = defaultdict(set)
+    for place, stage in (
+        (f"{where}: replicas[{replica.replica}].stages[{stage.stage}]", stage)
+        for replica in plan.replicas
+        for stage in replica.stages
+    ):
         island = island_of_name.get(stage.island)
         if island is None:
             raise PlanError(
                 "the fleet has no such island", value=stage.island, valid=island_of_name, where=place, fix=fix
             )
-        taken[island.name] += 1
+        taken[island.name].update(stage.ranks)
         for name, found, wanted in (
-            ("rank", stage.rank, stage.stage),
             ("chip", stage.chip, island.chip.name),
             ("backend", stage.backend, island.backend),
         ):
@@ -185,10 +191,10 @@ def _check_fleet(plan: Plan, fleet: Fleet, where: str) -> None:
                 where=f"{place}.memory_limit_bytes",
                 fix=fix,
             )
-        if taken[island.name] > island.num_chips:
+        if len(taken[island.name]) > island.num_chips:
             raise PlanError(
                 f"the plan takes more chips of island {island.name} than it has",
-                value=taken[island.name],
+                value=len(taken[island.name]),
                 valid=f"at most {island.num_chips}",
                 where=place,
                 fix=fix,

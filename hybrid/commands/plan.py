@@ -14,7 +14,7 @@ from rich.table import Table
 from hybrid.commands.job import fleet_of, plan_of, read_job
 from hybrid.errors import MachineError
 from hybrid.runtime.preflight import check_address
-from hybrid.scheduler.plan import Plan
+from hybrid.scheduler.plan import Plan, ReplicaPlan
 
 
 def run_plan(path: Path, *, address: str | None, as_json: bool, out: Path | None, overrides: Sequence[str]) -> None:
@@ -50,36 +50,45 @@ def run_plan(path: Path, *, address: str | None, as_json: bool, out: Path | None
         return
     console = Console()
     print_plan(plan, console)
-    console.print(plan.simulate().gantt(width=min(100, console.width)), highlight=False, markup=False, soft_wrap=True)
+    for replica in plan.replicas:
+        gantt = replica.simulate().gantt(width=min(100, console.width))
+        console.print(gantt, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Print the plan as a table of stages."""
-    title = f"{plan.job}: {plan.model}, {plan.num_stages} stages, {plan.schedule}, {plan.precision}"
+    """Print the plan: a table of stages for each replica."""
+    for replica in plan.replicas:
+        console.print(_table(plan, replica))
+    emulated = sum(plan.stages_of_rank(rank)[0].backend == "emulated" for rank in range(plan.num_ranks))
+    if emulated:
+        console.print(f"{emulated} of {plan.num_ranks} chips are emulated on the CPU", highlight=False)
+    batches = "; ".join(f"{replica.num_microbatches} microbatches of {replica.microbatch}" for replica in plan.replicas)
+    console.print(
+        f"{batches}; predicted step {seconds(plan.step_s)} "
+        f"on the real chips, idle {plan.idle_share:.1%} ({plan.source})",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _table(plan: Plan, replica: ReplicaPlan) -> Table:
+    name = "" if len(plan.replicas) == 1 else f" replica {replica.replica},"
+    title = f"{plan.job}:{name} {plan.model}, {replica.num_stages} stages, {replica.schedule}, {plan.precision}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in ("stage", "island", "chip", "layers", "F", "B", "memory", "idle"):
         table.add_column(column, justify="left" if column in ("island", "chip") else "right", no_wrap=True)
-    for stage, row in zip(plan.stages, plan.rows(), strict=True):
+    for stage, row in zip(replica.stages, replica.rows(), strict=True):
         table.add_row(
             str(stage.stage),
             stage.island,
-            stage.chip,
+            stage.chip if len(stage.ranks) == 1 else f"{len(stage.ranks)}x {stage.chip}",
             f"{stage.first_layer}–{stage.end_layer - 1}",
             seconds(stage.forward_s),
             seconds(stage.backward_s),
             f"{num_bytes(stage.memory_bytes)}/{num_bytes(stage.memory_limit_bytes)}",
             f"{float(str(row['idle_share'])):.0%}",
         )
-    console.print(table)
-    emulated = sum(stage.backend == "emulated" for stage in plan.stages)
-    if emulated:
-        console.print(f"{emulated} of {plan.num_stages} chips are emulated on the CPU", highlight=False)
-    console.print(
-        f"{plan.num_microbatches} microbatches of {plan.microbatch}; predicted step {seconds(plan.step_s)} "
-        f"on the real chips, idle {plan.idle_share:.1%} ({plan.source})",
-        highlight=False,
-        soft_wrap=True,
-    )
+    return table
 
 
 def seconds(value: float) -> str:

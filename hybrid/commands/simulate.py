@@ -84,15 +84,15 @@ def goodput(plan: Plan, result: StepResult, text: str, recovery_s: float, where:
 
     The plan runs as often side by side as the chips of every kind allow; with too few it doesn't run.
     """
-    needed: dict[str, int] = {}
+    needed: dict[str, set[int]] = {}
     for stage in plan.stages:
-        needed[stage.chip] = needed.get(stage.chip, 0) + 1
+        needed.setdefault(stage.chip, set()).update(stage.ranks)
 
     def pace_of(chips: Mapping[str, int]) -> Pace | None:
-        copies = min(chips.get(chip, 0) // number for chip, number in needed.items())
+        copies = min(chips.get(chip, 0) // len(ranks) for chip, ranks in needed.items())
         if not copies:
             return None
-        used = {chip: number * copies for chip, number in needed.items()}
+        used = {chip: len(ranks) * copies for chip, ranks in needed.items()}
         return Pace(step_s=result.step_s, tokens=result.step.tokens * copies, chips=used)
 
     changes, end_s = read_trace(text, where=where)
@@ -141,10 +141,12 @@ def _plain(result: StepResult, found: Replay | None, unit: str, unpriced: list[s
 def _print(
     plan: Plan, result: StepResult, found: Replay | None, unit: str, unpriced: list[str], console: Console
 ) -> None:
-    table = Table(title=f"{plan.job}: one step, {plan.schedule}, {plan.num_microbatches} microbatches")
+    batches = ", ".join(dict.fromkeys(f"{r.schedule}, {r.num_microbatches} microbatches" for r in plan.replicas))
+    table = Table(title=f"{plan.job}: one step, {batches}")
     for column in ("rank", "device", "forward", "backward", "idle", "peak memory"):
         table.add_column(column, justify="left" if column == "device" else "right", no_wrap=True)
-    for row, stage in zip(result.rows(), plan.stages, strict=False):
+    for row, group in zip(result.rows(), [g for replica in plan.replicas for g in replica.groups], strict=True):
+        stage = plan.stages_of_rank(group[0])[0]
         split = float(str(row["input_gradient_s"])) + float(str(row["weight_gradient_s"]))
         table.add_row(
             str(row["rank"]),
@@ -155,8 +157,9 @@ def _print(
             num_bytes(round(float(str(row["peak_bytes"])))),
         )
     console.print(table)
-    gantt = result.runs[0].timeline.gantt(width=min(100, console.width))
-    console.print(gantt, highlight=False, markup=False, soft_wrap=True)
+    for run in result.runs:
+        gantt = run.timeline.gantt(width=min(100, console.width))
+        console.print(gantt, highlight=False, markup=False, soft_wrap=True)
     rate = f"{result.tokens_per_s:,.4g} {unit}/s"
     lines = [f"step {seconds(result.step_s)}, {rate}, idle {result.idle_share:.1%} ({result.step.source})"]
     if result.usd_per_hour:

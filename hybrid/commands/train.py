@@ -48,13 +48,12 @@ def run_train(
         if address is None:
             if job.runtime.placement == "ray":
                 check_devices(stage.backend for stage in plan.stages)
-            check_memory(
-                sum(stage.memory_bytes for stage in plan.stages), "the job's ranks together, all on this machine,"
-            )
+            needed_bytes = sum(stage.memory_bytes * len(stage.ranks) for stage in plan.stages)
+            check_memory(needed_bytes, "the job's ranks together, all on this machine,")
         if not as_json:
             print_plan(plan, console)
         placement = open_placement(job, fleet, plan, address)
-        with open_progress(console, job, num_ranks=plan.num_stages, quiet=as_json) as sink:
+        with open_progress(console, job, num_ranks=plan.num_ranks, quiet=as_json) as sink:
             summary = train(job, fleet, plan, placement, resume=resume, sink=sink, started_s=started_s)
     if as_json:
         print(json.dumps(asdict(summary)))
@@ -87,7 +86,7 @@ def open_placement(job: JobConfig, fleet: Fleet, plan: Plan, address: str | None
     from hybrid.runtime.launcher import RayPlacement
 
     return RayPlacement(
-        [fleet.island(stage.island) for stage in sorted(plan.stages, key=lambda stage: stage.rank)],
+        [fleet.island(plan.stages_of_rank(rank)[0].island) for rank in range(plan.num_ranks)],
         address=address,
         timeout_s=job.runtime.placement_timeout_s,
         job_name=job.name,

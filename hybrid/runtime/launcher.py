@@ -134,7 +134,7 @@ class RayPlacement(Placement):
         asked = {
             spec.rank: self._actors[place].granted.remote()
             for place, spec in enumerate(specs)
-            if spec.plan.stages[spec.rank].backend == "neuron"
+            if spec.plan.stages_of_rank(spec.rank)[0].backend == "neuron"
         }
         try:
             answers = ray.get(list(asked.values()), timeout=self._timeout_s)

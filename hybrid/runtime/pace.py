@@ -39,9 +39,10 @@ def time_scale(
         (
             cpu_s / paced_s / _SHARE_OF_ACTION
             for stage in emulated
+            for rank in stage.ranks
             for cpu_s, paced_s in (
-                (forward_s_of_rank[stage.rank], stage.forward_s),
-                (backward_s_of_rank[stage.rank], stage.backward_s),
+                (forward_s_of_rank[rank], stage.forward_s),
+                (backward_s_of_rank[rank], stage.backward_s),
             )
             # An edited plan may say that an action takes no time: nothing paces it.
             if paced_s > 0

@@ -120,7 +120,7 @@ def _numerics_by_layer(
         raise ConfigError("no such layer or weight", value=unknown[0], valid=layers, fix="name one of these")
     declared = {
         index: declared_numerics(job, island=s.island, chip=fleet.island(s.island).chip, backend=s.backend)
-        for s in plan.stages
+        for s in plan.replicas[0].stages
         for index in s.layers
     }
 
@@ -150,7 +150,7 @@ def _compare(
     found = _trace(model, batch, job.precision, numerics, seed)
     rows = []
     for index, layer in model.layers.items():
-        stage = next(s for s in plan.stages if index in s.layers)
+        stage = next(s for s in plan.replicas[0].stages if index in s.layers)
         near = _alone(layer, index, reference, "bf16", None, seed)
         ours = _alone(layer, index, reference, job.precision, numerics[index], seed)
         exact = reference.outputs[index], reference.weight_grads[index]

@@ -16,8 +16,9 @@ from urllib.parse import urlsplit
 import psutil
 
 from hybrid.config import JobConfig, environment
-from hybrid.errors import MachineError
+from hybrid.errors import MachineError, PlanError
 from hybrid.runtime import checkpoint
+from hybrid.scheduler.plan import Plan
 
 _CONNECT_TIMEOUT_S = 5.0
 _HTTP2_SETTINGS = 4
@@ -37,6 +38,23 @@ def check_resume(job: JobConfig, resume: Path | None) -> checkpoint.Manifest | N
     checkpoint.check_matches(manifest, job, None)
     checkpoint.check_content(manifest)
     return manifest
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuse a plan of which the worker cannot do everything.
+
+    Raises:
+        PlanError: names what it cannot do.
+    """
+    for what, found in (
+        ("several replicas", len(plan.replicas) > 1),
+        ("several ranks a stage", any(len(stage.ranks) > 1 for stage in plan.stages)),
+        ("several stages a rank", plan.num_ranks < len(plan.stages)),
+        ("recompute", any(stage.recompute for stage in plan.stages)),
+        ("a codec on an edge", any(edge.codec != "none" for replica in plan.replicas for edge in replica.edges)),
+    ):
+        if found:
+            raise PlanError(f"the worker does not run {what}", where="plan", fix="plan the job without")
 
 
 def check_folder(path: Path, *, where: str) -> None:

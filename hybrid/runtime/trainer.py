@@ -30,7 +30,7 @@ from hybrid.runtime.ledger import Commit, Ledger
 from hybrid.runtime.messages import Ready
 from hybrid.runtime.pace import time_scale
 from hybrid.runtime.placement import Placement, WorkerSpec
-from hybrid.runtime.preflight import check_folder, check_memory, check_port, check_resume
+from hybrid.runtime.preflight import check_folder, check_memory, check_plan, check_port, check_resume
 from hybrid.scheduler.plan import Plan
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ def train(
         UserError: something the user handed us is wrong; before the first step, nothing of the run is left.
         WorkerFailed: a worker ended before its job did; the run folder keeps the metrics so far.
     """
+    check_plan(plan)
     check_folder(job.runs_dir, where="runs_dir")
     check_port(placement.host, job.runtime.coordinator_port)
     found = check_resume(job, resume)
@@ -335,11 +336,12 @@ def _specs(
     placement: Placement,
 ) -> list[WorkerSpec]:
     specs = []
-    for stage in plan.stages:
+    for rank in range(plan.num_ranks):
+        stage = plan.stages_of_rank(rank)[0]
         island = fleet.island(stage.island)
         specs.append(
             WorkerSpec(
-                rank=stage.rank,
+                rank=rank,
                 job=job,
                 plan=plan,
                 chip=island.chip,

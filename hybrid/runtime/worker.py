@@ -112,8 +112,8 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec, control: ControlLine, node: TransportNode) -> None:
         self._spec, self._control, self._node = spec, control, node
-        self._job, self._plan = spec.job, spec.plan
-        self._stage_plan = spec.plan.stages[spec.rank]
+        self._job, self._plan = spec.job, spec.plan.replica_of_rank(spec.rank)
+        (self._stage_plan,) = spec.plan.stages_of_rank(spec.rank)
         self._timeout_s = self._job.runtime.timeout_s
         options = BackendOptions(compile=self._job.runtime.compile)
         capabilities = capabilities_of(spec.chip, spec.memory_bytes)

@@ -6,19 +6,14 @@ Pure: no torch, no clock, no network, no files: text in, text out.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
 from hybrid.errors import PlanError
-from hybrid.scheduler.schedules import SCHEDULES
 
-if TYPE_CHECKING:
-    from hybrid.scheduler.plan import Plan
-
-VERSION = 1
+VERSION = 2
 _Record = TypeVar("_Record")
 
 
@@ -51,12 +46,42 @@ def load(text: str, cls: type[_Record], *, where: str) -> _Record:
     if not isinstance(raw, dict):
         raise PlanError("not a mapping", value=type(raw).__name__, where=where, fix="make the plan anew")
     version = raw.pop("version", None)
-    if version != VERSION or isinstance(version, bool):
+    if version not in (1, VERSION) or isinstance(version, bool):
         raise PlanError(
-            "unknown plan version", value=version, valid=str(VERSION), where=where, fix="make the plan anew"
+            "unknown plan version", value=version, valid=f"{VERSION}, or 1", where=where, fix="make the plan anew"
         )
-    record: _Record = _record(raw, cls, where)
+    record: _Record = _record(_of_version_1(raw) if version == 1 else raw, cls, where)
     return record
+
+
+_REPLICA_KEYS_1 = ("schedule", "num_microbatches", "microbatch", "step_s", "idle_share", "stages", "edges")
+"""Where version 1 had them at the top: it knew one replica with one rank a stage."""
+
+
+def _of_version_1(old: dict[Any, Any]) -> dict[Any, Any]:
+    """Return version 1's keys where version 2 has them; what is wrong in them is left for the reader to find."""
+    replica: dict[Any, Any] = {"replica": 0, "order": [], "first_sample": 0}
+    replica |= {key: old[key] for key in _REPLICA_KEYS_1 if key in old}
+    for key, convert in (("stages", _stage_of_version_1), ("edges", _edge_of_version_1)):
+        if isinstance(replica.get(key), list):
+            replica[key] = [convert(one) if isinstance(one, dict) else one for one in replica[key]]
+    kept = {key: value for key, value in old.items() if key not in _REPLICA_KEYS_1 or key in ("step_s", "idle_share")}
+    count, size = old.get("num_microbatches"), old.get("microbatch")
+    kept["global_batch"] = count * size if isinstance(count, int) and isinstance(size, int) else 0
+    return kept | {"objective": "throughput", "gradient_codec": "none", "replicas": [replica]}
+
+
+def _stage_of_version_1(old: dict[Any, Any]) -> dict[Any, Any]:
+    new = {"tensor_parallel": 1, "width": 1, "recompute": False, **old}
+    if "rank" in new:
+        new["ranks"] = [new.pop("rank")]
+    if isinstance(new.get("backward_s"), int | float):
+        new["weight_gradient_s"] = new["backward_s"] / 2
+    return new
+
+
+def _edge_of_version_1(old: dict[Any, Any]) -> dict[Any, Any]:
+    return {"codec": "none", **old}
 
 
 def _record(raw: object, cls: Any, where: str) -> Any:
@@ -92,87 +117,3 @@ def _value(raw: object, hint: Any, where: str) -> Any:
 
 
 _ARTICLE = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-
-
-def check_consistent(plan: Plan, *, where: str) -> Plan:
-    """Return the plan when its parts agree with one another.
-
-    Raises:
-        PlanError: names the part that does not.
-    """
-    _check_numbers([stage.stage for stage in plan.stages], f"{where}: stages", "stage")
-    _check_numbers([edge.from_stage for edge in plan.edges], f"{where}: edges", "from_stage")
-    if plan.schedule not in SCHEDULES:
-        raise PlanError(
-            "no such schedule",
-            value=plan.schedule,
-            valid=SCHEDULES,
-            where=f"{where}: schedule",
-            fix="name one of these",
-        )
-    if plan.num_microbatches < 1:
-        raise PlanError(
-            "a step needs a microbatch",
-            value=plan.num_microbatches,
-            valid="1 or more",
-            where=f"{where}: num_microbatches",
-            fix="mend that value",
-        )
-    if not plan.stages:
-        raise PlanError("a plan needs a stage", where=f"{where}: stages", fix="make the plan anew")
-    if len(plan.edges) != len(plan.stages) - 1:
-        raise PlanError(
-            f"{len(plan.stages)} stages need {len(plan.stages) - 1} edges",
-            value=len(plan.edges),
-            where=f"{where}: edges",
-            fix="make the plan anew",
-        )
-    first = 0
-    for stage in plan.stages:
-        place = f"{where}: stages[{stage.stage}]"
-        if stage.first_layer != first:
-            raise PlanError(
-                "first_layer must follow the stage before",
-                value=stage.first_layer,
-                valid=str(first),
-                where=place,
-                fix="let the stages hold every layer once, in order",
-            )
-        if stage.end_layer <= stage.first_layer:
-            raise PlanError(
-                "a stage needs a layer",
-                value=stage.end_layer,
-                valid=f"{first + 1} or more",
-                where=f"{place}.end_layer",
-                fix="move the cut",
-            )
-        if stage.memory_bytes > stage.memory_limit_bytes:
-            raise PlanError(
-                f"stage {stage.stage} lacks {stage.memory_bytes - stage.memory_limit_bytes:,} bytes",
-                value=stage.memory_bytes,
-                valid=f"at most {stage.memory_limit_bytes}",
-                where=place,
-                fix="give it fewer layers",
-            )
-        first = stage.end_layer
-    if first != plan.num_layers:
-        raise PlanError(
-            "the stages hold another number of layers than the model",
-            value=first,
-            valid=str(plan.num_layers),
-            where=where,
-            fix="mend end_layer of the last stage",
-        )
-    return plan
-
-
-def _check_numbers(numbers: Sequence[int], where: str, key: str) -> None:
-    for index, number in enumerate(numbers):
-        if number != index:
-            raise PlanError(
-                f"{key} out of order",
-                value=number,
-                valid=str(index),
-                where=f"{where}[{index}]",
-                fix="number them 0, 1, 2, …",
-            )

@@ -16,7 +16,7 @@ from hybrid.scheduler.cost import layer_seconds, transfer_seconds
 from hybrid.scheduler.held import peak_in_flight_of_stage, peak_posted_of_stage
 from hybrid.scheduler.lowering import lower_communication
 from hybrid.scheduler.partition import partition_min_max, stage_bytes
-from hybrid.scheduler.plan import EdgePlan, Plan, StagePlan
+from hybrid.scheduler.plan import EdgePlan, Plan, ReplicaPlan, StagePlan
 from hybrid.scheduler.profile import LayerProfile, ModelProfile
 from hybrid.scheduler.schedules import build_schedule
 
@@ -152,14 +152,19 @@ def _plan_on(request: _Request, devices: _Devices) -> Plan:
     stages = tuple(
         StagePlan(
             stage=stage,
-            rank=stage,
+            ranks=(stage,),
             island=island.name,
             chip=island.chip.name,
             backend=island.backend,
             first_layer=run.start,
             end_layer=run.stop,
+            tensor_parallel=1,
+            width=1,
+            recompute=False,
             forward_s=sum(seconds[stage][layer][0] for layer in run),
             backward_s=sum(seconds[stage][layer][1] for layer in run),
+            # One matrix product a weight each: halves, where products dominate.
+            weight_gradient_s=sum(seconds[stage][layer][1] for layer in run) / 2,
             memory_bytes=round(float(needed[stage, run.start, run.stop])),
             memory_limit_bytes=limits[stage],
         )
@@ -191,28 +196,39 @@ def _edges(request: _Request, links: tuple[Link, ...], split: tuple[range, ...])
                 size_bytes=size_bytes,
                 transfer_s=transfer_seconds(link, size_bytes),
                 latency_s=link.latency_s,
+                codec="none",
             )
         )
     return tuple(edges)
 
 
 def _predicted(request: _Request, stages: tuple[StagePlan, ...], edges: tuple[EdgePlan, ...]) -> Plan:
-    draft = Plan(
-        job=request.job,
-        model=request.profile.model,
-        num_layers=len(request.profile.layers),
+    draft = ReplicaPlan(
+        replica=0,
         schedule=request.schedule,
+        order=(),
         num_microbatches=request.num_microbatches,
         microbatch=request.profile.microbatch,
-        precision=request.precision,
-        source=f"{request.profile.source} at efficiency {request.efficiency:g}, uncalibrated",
+        first_sample=0,
         step_s=0.0,
         idle_share=0.0,
         stages=stages,
         edges=edges,
     )
     timeline = draft.simulate()
-    return replace(draft, step_s=timeline.step_s, idle_share=timeline.idle_share)
+    return Plan(
+        job=request.job,
+        model=request.profile.model,
+        num_layers=len(request.profile.layers),
+        precision=request.precision,
+        source=f"{request.profile.source} at efficiency {request.efficiency:g}, uncalibrated",
+        objective="throughput",
+        global_batch=draft.num_samples,
+        gradient_codec="none",
+        step_s=timeline.step_s,
+        idle_share=timeline.idle_share,
+        replicas=(replace(draft, step_s=timeline.step_s, idle_share=timeline.idle_share),),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,7 +41,7 @@ class ProcessPlacement(Placement):
         # A fork would carry this process's threads' locks, and a device can be registered once a process only.
         context = multiprocessing.get_context("spawn")
         for spec in specs:
-            fake = self._fake_neuron and spec.plan.stages[spec.rank].backend == "neuron"
+            fake = self._fake_neuron and spec.plan.stages_of_rank(spec.rank)[0].backend == "neuron"
             process = context.Process(target=_run, args=(spec, fake), name=f"rank-{spec.rank}", daemon=True)
             process.start()
             self._processes.append(process)

@@ -184,19 +184,17 @@ def _two_stages(device: str, chip: Chip) -> str:
         plan = plan_of(job, fleet)
         # The planner may think little of the host; here both must take part.
         islands = [fleet.island("device"), fleet.island("host")]
-        plan = dataclasses.replace(
-            plan,
-            stages=tuple(
-                dataclasses.replace(
-                    stage,
-                    island=island.name,
-                    chip=island.chip.name,
-                    backend=island.backend,
-                    memory_limit_bytes=island.memory_bytes,
-                )
-                for stage, island in zip(plan.stages, islands, strict=True)
-            ),
+        stages = tuple(
+            dataclasses.replace(
+                stage,
+                island=island.name,
+                chip=island.chip.name,
+                backend=island.backend,
+                memory_limit_bytes=island.memory_bytes,
+            )
+            for stage, island in zip(plan.stages, islands, strict=True)
         )
+        plan = dataclasses.replace(plan, replicas=(dataclasses.replace(plan.replica, stages=stages),))
         events: list[Event] = []
         wanted: list[Event] = []
         placement = ThreadPlacement(threads_per_rank=1)

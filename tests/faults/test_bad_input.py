@@ -277,30 +277,53 @@ def _edit_plan(bench, edit: Callable[[dict], None]) -> None:
     path.write_text(yaml.safe_dump(plan, sort_keys=False))
 
 
+def _replica(plan: dict) -> dict:
+    return plan["replicas"][0]
+
+
 WRONG_PLANS: dict[str, tuple[Callable[[dict], object], tuple[str, ...]]] = {
-    "of another version": (lambda p: p.update(version=9), ("unknown plan version (got 9)", "valid: 1")),
+    "of another version": (lambda p: p.update(version=9), ("unknown plan version (got 9)", "valid: 2")),
     "with an unknown key": (lambda p: p.update(colour="red"), ("unknown key (got 'colour')", "valid: job, model")),
-    "that lost a key": (lambda p: p.pop("schedule"), ("key 'schedule' is missing",)),
+    "that lost a key": (lambda p: _replica(p).pop("schedule"), ("key 'schedule' is missing",)),
     "with a text for a number": (lambda p: p.update(step_s="soon"), ("step_s: not a number (got 'soon')",)),
-    "with a gap": (lambda p: p["stages"][1].update(first_layer=3), ("first_layer must follow the stage before",)),
+    "with a gap": (
+        lambda p: _replica(p)["stages"][1].update(first_layer=3),
+        ("first_layer must follow the stage before",),
+    ),
     "of another precision": (lambda p: p.update(precision="bf16"), ("its precision is bf16, the job's is fp32",)),
-    "of another schedule": (lambda p: p.update(schedule="gpipe"), ("its schedule is gpipe, the job's is 1f1b",)),
+    "of another schedule": (
+        lambda p: _replica(p).update(schedule="gpipe"),
+        ("its schedule is gpipe, the job's is 1f1b",),
+    ),
     "of another model": (lambda p: p.update(model="decoder of 9 blocks of 9"), ("its model is decoder of 9",)),
     "of another island": (
-        lambda p: p["stages"][0].update(island="tpu"),
+        lambda p: _replica(p)["stages"][0].update(island="tpu"),
         ("no such island (got 'tpu')", "trainium, nvidia"),
     ),
-    "of another chip": (lambda p: p["stages"][0].update(chip="trn1"), ("chip", "(got 'trn1')", "valid: trn2")),
-    "of another backend": (lambda p: p["stages"][0].update(backend="cuda"), ("backend", "(got 'cuda')", "emulated")),
+    "of another chip": (
+        lambda p: _replica(p)["stages"][0].update(chip="trn1"),
+        ("chip", "(got 'trn1')", "valid: trn2"),
+    ),
+    "of another backend": (
+        lambda p: _replica(p)["stages"][0].update(backend="cuda"),
+        ("backend", "(got 'cuda')", "emulated"),
+    ),
     "of more chips": (
-        lambda p: p["stages"][1].update(island="trainium", chip="trn2"),
+        lambda p: _replica(p)["stages"][1].update(island="trainium", chip="trn2"),
         ("more chips of island trainium than it has (got 2)", "at most 1"),
     ),
     "of more memory": (
-        lambda p: p["stages"][0].update(memory_limit_bytes=10**15),
+        lambda p: _replica(p)["stages"][0].update(memory_limit_bytes=10**15),
         ("holds less than the plan counts on", "at most 103079215104 bytes"),
     ),
-    "of ranks out of order": (lambda p: p["stages"][0].update(rank=1), ("rank", "(got 1)", "valid: 0")),
+    "of two ranks a stage": (
+        lambda p: _replica(p)["stages"][0].update(ranks=[0, 2], width=2),
+        ("more chips of island trainium than it has (got 2)",),
+    ),
+    "of ranks out of order": (
+        lambda p: _replica(p)["stages"][0].update(ranks=[2]),
+        ("rank 0 is missing", "(got 2)", "ranks 0 to 1"),
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +120,9 @@ def test_an_emulated_chip_without_memory_for_the_activations_says_what_did_not_f
     # The planner would refuse the job; a plan that was made elsewhere may promise too much.
     small = plan.stages[1].memory_bytes // 3
     stages = tuple(
-        type(stage)(
-            **{field: getattr(stage, field) for field in stage.__dataclass_fields__}
-            | ({"memory_limit_bytes": small} if stage.stage == 1 else {})
-        )
-        for stage in plan.stages
+        replace(stage, memory_limit_bytes=small) if stage.stage == 1 else stage for stage in plan.replica.stages
     )
-    plan = type(plan)(**{field: getattr(plan, field) for field in plan.__dataclass_fields__} | {"stages": stages})
+    plan = replace(plan, replicas=(replace(plan.replica, stages=stages),))
     with pytest.raises(HybridError, match=r"rank 1.*out of memory: tried to allocate .* in use"):
         train(
             job,

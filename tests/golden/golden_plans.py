@@ -39,5 +39,5 @@ def texts() -> dict[str, str]:
             num_stages=num_stages,
         )
         found[f"plans/{name}.yaml"] = one.to_yaml()
-        found[f"plans/{name}.txt"] = f"{one}\n\n{one.simulate().gantt(110)}"
+        found[f"plans/{name}.txt"] = f"{one}\n\n{one.replica.simulate().gantt(110)}"
     return found

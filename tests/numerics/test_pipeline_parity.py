@@ -72,9 +72,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 def _pipeline_gradients(job: JobConfig, tokens: TokenData, medium: str) -> dict[str, torch.Tensor]:
     """Run one step's actions on a thread a rank; return every parameter's gradient."""
     _, fleet = fleet_of(job, None)
-    plan = plan_of(job, fleet)
+    plan = plan_of(job, fleet).replica
     schedule = lower_communication(plan.build_schedule())
-    nodes = [open_node(medium, stage.rank, token=b"t") for stage in plan.stages]
+    nodes = [open_node(medium, rank, token=b"t") for rank in plan.ranks]
     stages: dict[int, Any] = {}
     failures: list[BaseException] = []
 
@@ -111,7 +111,7 @@ def _pipeline_gradients(job: JobConfig, tokens: TokenData, medium: str) -> dict[
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=run, args=(stage.rank,)) for stage in plan.stages]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in plan.ranks]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -7,13 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid.runtime.pace import time_scale
-from hybrid.scheduler.plan import Plan, StagePlan
+from hybrid.scheduler.plan import Plan, ReplicaPlan, StagePlan
 
 
 def _stage(stage: int, forward_s: float, backward_s: float, backend: str = "emulated") -> StagePlan:
     return StagePlan(
         stage=stage,
-        rank=stage,
+        ranks=(stage,),
+        tensor_parallel=1,
+        width=1,
+        recompute=False,
+        weight_gradient_s=backward_s / 2,
         island="a",
         chip="trn2",
         backend=backend,
@@ -27,19 +31,30 @@ def _stage(stage: int, forward_s: float, backward_s: float, backend: str = "emul
 
 
 def _plan(*stages: StagePlan) -> Plan:
-    return Plan(
-        job="j",
-        model="m",
-        num_layers=len(stages),
+    replica = ReplicaPlan(
+        replica=0,
         schedule="1f1b",
+        order=(),
         num_microbatches=4,
         microbatch=1,
-        precision="fp32",
-        source="test",
+        first_sample=0,
         step_s=1.0,
         idle_share=0.0,
         stages=stages,
         edges=(),
+    )
+    return Plan(
+        job="j",
+        model="m",
+        num_layers=len(stages),
+        precision="fp32",
+        source="test",
+        objective="throughput",
+        global_batch=4,
+        gradient_codec="none",
+        step_s=1.0,
+        idle_share=0.0,
+        replicas=(replica,),
     )
 
 
@@ -100,8 +115,8 @@ def test_at_the_scale_every_action_fits_and_a_tenth_less_would_not_do(rows, num_
             cpu_s <= 0.75 * paced_s * scale * (1 + 1e-9)
             for stage in plan.stages
             for cpu_s, paced_s in (
-                (forward_s[stage.rank], stage.forward_s),
-                (backward_s[stage.rank], stage.backward_s),
+                (forward_s[stage.stage], stage.forward_s),
+                (backward_s[stage.stage], stage.backward_s),
             )
         )
         slowest_s = max(stage.forward_s + stage.backward_s for stage in plan.stages)
@@ -113,5 +128,5 @@ def test_at_the_scale_every_action_fits_and_a_tenth_less_would_not_do(rows, num_
 
 
 def test_a_rank_is_looked_up_by_its_number():
-    swapped = _plan(replace(_stage(0, 1e-3, 1e-3), rank=1), replace(_stage(1, 10e-3, 10e-3), rank=0))
+    swapped = _plan(replace(_stage(0, 1e-3, 1e-3), ranks=(1,)), replace(_stage(1, 10e-3, 10e-3), ranks=(0,)))
     assert _scale(swapped, [6e-3, 6e-3], [6e-3, 6e-3]) == 8.0

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid.errors import PlanError, UnsupportedFormat
-from hybrid.scheduler.plan import EdgePlan, Plan, StagePlan
+from hybrid.scheduler.plan import EdgePlan, Plan, ReplicaPlan, StagePlan
 from hybrid.scheduler.planner import plan
 from hybrid.scheduler.profile import LayerProfile, ModelProfile
 from hybrid.scheduler.schedules import SCHEDULES
@@ -97,7 +97,7 @@ def plan_toy(profile=None, fleet=MIXED, **changes) -> Plan:
 def test_each_chip_gets_a_stage_in_the_fleets_order():
     found = plan_toy()
     assert [stage.island for stage in found.stages] == ["left", "left", "right", "right"]
-    assert [stage.rank for stage in found.stages] == [0, 1, 2, 3]
+    assert [stage.ranks for stage in found.stages] == [(0,), (1,), (2,), (3,)]
     assert found.stages[0].first_layer == 0
     assert found.stages[-1].end_layer == 12
     assert [a.end_layer for a in found.stages[:-1]] == [b.first_layer for b in found.stages[1:]]
@@ -112,7 +112,7 @@ def test_a_chip_twice_as_fast_gets_twice_the_layers():
 
 def test_the_predicted_step_is_the_simulated_one():
     found = plan_toy()
-    timeline = found.simulate()
+    timeline = found.replica.simulate()
     assert found.step_s == timeline.step_s > 8 * max(s.forward_s + s.backward_s for s in found.stages)
     assert found.idle_share == timeline.idle_share
 
@@ -122,15 +122,15 @@ def test_every_schedule_can_be_planned(schedule):
     found = plan_toy(schedule=schedule)
     work_s = max(8 * (stage.forward_s + stage.backward_s) for stage in found.stages)
     assert work_s < found.step_s < 2 * work_s
-    assert sum(span.end_s - span.start_s for span in found.simulate().spans_of_rank[1]) == pytest.approx(
+    assert sum(span.end_s - span.start_s for span in found.replica.simulate().spans_of_rank[1]) == pytest.approx(
         8 * (found.stages[1].forward_s + found.stages[1].backward_s)
     )
 
 
 def test_edges_take_the_link_of_their_islands():
     found = plan_toy()
-    assert [edge.transfer_s for edge in found.edges] == pytest.approx([1.1e-5, 1.1e-3, 1.1e-5])
-    assert found.link_busy_s(found.simulate().transfers[0].action) == pytest.approx(1e-5)
+    assert [edge.transfer_s for edge in found.replica.edges] == pytest.approx([1.1e-5, 1.1e-3, 1.1e-5])
+    assert found.replica.link_busy_s(found.replica.simulate().transfers[0].action) == pytest.approx(1e-5)
 
 
 def test_memory_counts_parameters_activations_in_flight_and_buffers():
@@ -164,7 +164,7 @@ def test_a_model_that_does_not_fit_names_the_missing_bytes_and_they_suffice():
     missing = int(str(caught.value).split("misses ")[1].split(" bytes")[0].replace(",", ""))
     with pytest.raises(PlanError):
         plan_toy(fleet=fleet(GIB // 2 + missing - 1))
-    assert plan_toy(fleet=fleet(GIB // 2 + missing)).num_stages == 2
+    assert plan_toy(fleet=fleet(GIB // 2 + missing)).replica.num_stages == 2
 
 
 def test_fewer_stages_than_chips_take_the_fastest_neighbours():
@@ -179,7 +179,7 @@ def test_a_window_that_does_not_fit_is_passed_over():
 
 def test_one_stage_needs_no_edge():
     found = plan_toy(num_stages=1)
-    assert (found.num_stages, found.edges, found.idle_share) == (1, (), 0.0)
+    assert (found.replica.num_stages, found.replica.edges, found.idle_share) == (1, (), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -206,25 +206,54 @@ def test_a_chip_without_the_precision_is_named_with_its_formats():
 
 @st.composite
 def plans(draw) -> Plan:
-    numbers = st.floats(0, 1e6, allow_nan=False)
     words = st.text(min_size=1, max_size=8)
-    num_stages = draw(st.integers(1, 3))
-    ends = [0]
+    num_layers = draw(st.integers(3, 9))
+    replicas: list[ReplicaPlan] = []
+    for number in range(draw(st.integers(1, 3))):
+        first_rank = sum(len(replica.ranks) for replica in replicas)
+        first_sample = sum(replica.num_samples for replica in replicas)
+        replicas.append(draw(replica_plans(number, num_layers, first_rank, first_sample)))
+    return Plan(
+        job=draw(words),
+        model=draw(words),
+        num_layers=num_layers,
+        precision="bf16",
+        source=draw(words),
+        objective="throughput",
+        global_batch=sum(replica.num_samples for replica in replicas),
+        gradient_codec=draw(st.sampled_from(["none", "bf16", "fp8"])),
+        step_s=draw(NUMBERS),
+        idle_share=draw(st.floats(0, 1)),
+        replicas=tuple(replicas),
+    )
+
+
+NUMBERS = st.floats(0, 1e6, allow_nan=False)
+
+
+@st.composite
+def replica_plans(draw, number, num_layers, first_rank, first_sample) -> ReplicaPlan:
+    words = st.text(min_size=1, max_size=8)
+    cuts = [0, *sorted(draw(st.sets(st.integers(1, num_layers - 1), max_size=2))), num_layers]
+    degree, width = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 3]))
     stages = []
-    for stage in range(num_stages):
-        ends.append(ends[-1] + draw(st.integers(1, 9)))
-        memory_bytes = draw(st.integers(0, 2**50))
+    for stage in range(len(cuts) - 1):
+        memory_bytes, backward_s = draw(st.integers(0, 2**50)), draw(NUMBERS)
         stages.append(
             StagePlan(
                 stage=stage,
-                rank=stage,
+                ranks=tuple(first_rank + stage * degree * width + k for k in range(degree * width)),
                 island=draw(words),
                 chip=draw(words),
                 backend=draw(words),
-                first_layer=ends[-2],
-                end_layer=ends[-1],
-                forward_s=draw(numbers),
-                backward_s=draw(numbers),
+                first_layer=cuts[stage],
+                end_layer=cuts[stage + 1],
+                tensor_parallel=degree,
+                width=width,
+                recompute=draw(st.booleans()),
+                forward_s=draw(NUMBERS),
+                backward_s=backward_s,
+                weight_gradient_s=draw(st.floats(0, backward_s)),
                 memory_bytes=memory_bytes,
                 memory_limit_bytes=memory_bytes + draw(st.integers(0, 99)),
             )
@@ -234,21 +263,20 @@ def plans(draw) -> Plan:
             from_stage=stage,
             to_stage=stage + 1,
             size_bytes=draw(st.integers(0, 2**40)),
-            transfer_s=draw(numbers),
+            transfer_s=draw(NUMBERS),
             latency_s=0.0,
+            codec=draw(st.sampled_from(["none", "bf16", "fp8"])),
         )
-        for stage in range(num_stages - 1)
+        for stage in range(len(stages) - 1)
     ]
-    return Plan(
-        job=draw(words),
-        model=draw(words),
-        num_layers=ends[-1],
+    return ReplicaPlan(
+        replica=number,
         schedule="1f1b",
-        num_microbatches=draw(st.integers(1, 99)),
-        microbatch=draw(st.integers(1, 99)),
-        precision="bf16",
-        source=draw(words),
-        step_s=draw(numbers),
+        order=(),
+        num_microbatches=draw(st.integers(1, 9)),
+        microbatch=3 * draw(st.integers(1, 9)),
+        first_sample=first_sample,
+        step_s=draw(NUMBERS),
         idle_share=draw(st.floats(0, 1)),
         stages=tuple(stages),
         edges=tuple(edges),
@@ -263,10 +291,12 @@ def test_a_plan_reads_back_from_its_yaml(one):
 
 
 def edited(**changes) -> str:
+    """Return the toy's YAML with values changed: `stages__0__chip` of its replica, `version` of the plan."""
     raw = yaml.safe_load(plan_toy().to_yaml())
     for path, value in changes.items():
         *parents, key = (int(part) if part.isdigit() else part for part in path.split("__"))
-        target = raw
+        first = parents[0] if parents else key
+        target = raw if first in raw or first in ("colour", "version") else raw["replicas"][0]
         for parent in parents:
             target = target[parent]
         if value is None:
@@ -279,12 +309,13 @@ def edited(**changes) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (edited(version=2), r"unknown plan version \(got 2\); valid: 1"),
+        (edited(version=3), r"unknown plan version \(got 3\); valid: 2, or 1"),
         (edited(version=None), "unknown plan version"),
         (edited(colour="red"), r"unknown key \(got 'colour'\); valid: job, model"),
-        (edited(stages__1__colour="red"), r"mine.yaml: stages\[1\]: unknown key \(got 'colour'\)"),
+        (edited(stages__1__colour="red"), r"mine.yaml: replicas\[0\]: stages\[1\]: unknown key \(got 'colour'\)"),
         (edited(job=None), "key 'job' is missing"),
-        (edited(stages__0__rank="0"), r"stages\[0\]: rank: not a whole number \(got '0'\)"),
+        (edited(stages__0__ranks=["0"]), r"stages\[0\]: ranks\[0\]: not a whole number \(got '0'\)"),
+        (edited(stages__0__recompute=0), r"stages\[0\]: recompute: not true or false \(got 0\)"),
         (edited(num_microbatches=2.5), "num_microbatches: not a whole number"),
         (edited(num_microbatches=True), "num_microbatches: not a whole number"),
         (edited(step_s="fast"), "step_s: not a number"),
@@ -292,16 +323,7 @@ def edited(**changes) -> str:
         (edited(step_s=float("nan")), "step_s: not zero or more"),
         (edited(model=7), "model: not a text"),
         (edited(stages={}), "stages: not a list"),
-        (edited(stages=[]), "needs a stage"),
         (edited(stages__0=7), r"stages\[0\]: not a mapping"),
-        (edited(edges=[]), "4 stages need 3 edges"),
-        (edited(stages__1__stage=3), "stage out of order"),
-        (edited(stages__1__first_layer=0), "first_layer must follow"),
-        (edited(stages__3__end_layer=1), "a stage needs a layer"),
-        (edited(num_layers=99), "another number of layers"),
-        (edited(stages__2__memory_limit_bytes=1000), r"stage 2 lacks [\d,]+ bytes"),
-        (edited(schedule="2f2b"), "no such schedule"),
-        (edited(num_microbatches=0), "num_microbatches"),
         ("[1, 2", "line 1: not YAML"),
         ("7", "not a mapping"),
     ],
@@ -311,11 +333,52 @@ def test_a_wrong_plan_file_is_refused_with_its_key(text, message):
         Plan.from_yaml(text, where="mine.yaml")
 
 
+def version_1() -> dict:
+    one = plan_toy()
+    raw = yaml.safe_load(one.to_yaml())
+    replica = raw.pop("replicas")[0]
+    for key in ("objective", "global_batch", "gradient_codec"):
+        del raw[key]
+    for key in ("replica", "order", "first_sample"):
+        del replica[key]
+    for stage in replica["stages"]:
+        stage["rank"] = stage.pop("ranks")[0]
+        for key in ("tensor_parallel", "width", "recompute", "weight_gradient_s"):
+            del stage[key]
+    for edge in replica["edges"]:
+        del edge["codec"]
+    return raw | replica | {"version": 1}
+
+
+def test_a_plan_of_version_1_is_read_as_one_replica():
+    assert Plan.from_yaml(yaml.safe_dump(version_1())) == plan_toy()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("colour", "red", "unknown key"),
+        ("schedule", None, "'schedule' is missing"),
+        ("stages", 3, "stages: not a list"),
+        ("stages", [3], "not a mapping"),
+        ("num_microbatches", "many", "num_microbatches: not a whole number"),
+        ("job", None, "'job' is missing"),
+    ],
+)
+def test_a_wrong_plan_of_version_1_is_refused_with_its_key(key, value, message):
+    raw = version_1() | {key: value}
+    if value is None:
+        del raw[key]
+    with pytest.raises(PlanError, match=message):
+        Plan.from_yaml(yaml.safe_dump(raw))
+
+
 def test_a_diff_names_what_changed():
     one = plan_toy()
-    other = replace(one, schedule="gpipe", stages=(replace(one.stages[0], chip="new"), *one.stages[1:]))
-    assert one.diff(other) == ["schedule: 1f1b -> gpipe", "stages[0].chip: slow -> new"]
-    assert "stages: 4 entries -> 2" in one.diff(plan_toy(num_stages=2))
+    stages = (replace(one.stages[0], chip="new"), *one.stages[1:])
+    other = replace(one, replicas=(replace(one.replica, schedule="gpipe", stages=stages),))
+    assert one.diff(other) == ["replicas[0].schedule: 1f1b -> gpipe", "replicas[0].stages[0].chip: slow -> new"]
+    assert "replicas[0].stages: 4 entries -> 2" in one.diff(plan_toy(num_stages=2))
 
 
 def test_rows_hold_every_field_of_a_stage_and_its_edge():
@@ -329,6 +392,6 @@ def test_rows_hold_every_field_of_a_stage_and_its_edge():
 
 def test_a_plan_prints_as_a_table():
     lines = str(plan_toy()).split("\n")
-    assert len(lines) == 1 + 1 + 4 + 1
+    assert len(lines) == 1 + 1 + 1 + 4 + 1
     assert "uncalibrated" in lines[-1]
     assert max(map(len, lines)) <= 110

@@ -1,7 +1,7 @@
 import pytest
 
 from hybrid.errors import FleetError, PlanError
-from hybrid.scheduler.plan import EdgePlan, Plan, StagePlan
+from hybrid.scheduler.plan import EdgePlan, Plan, ReplicaPlan, StagePlan
 from hybrid.scheduler.search.links import LinkModel, Network
 from hybrid.scheduler.search.problem import MemoryModel, Pool
 from hybrid.scheduler.search.table import Cell, ProfileTable, Sizes
@@ -134,7 +134,11 @@ def test_a_plan_file_steps_as_it_predicts():
     stages = tuple(
         StagePlan(
             stage=i,
-            rank=i,
+            ranks=(i,),
+            tensor_parallel=1,
+            width=1,
+            recompute=False,
+            weight_gradient_s=1.0,
             island="x",
             chip="c",
             backend="cpu",
@@ -147,22 +151,33 @@ def test_a_plan_file_steps_as_it_predicts():
         )
         for i in range(2)
     )
+    replica = ReplicaPlan(
+        replica=0,
+        schedule="1f1b",
+        order=(),
+        num_microbatches=4,
+        microbatch=3,
+        first_sample=0,
+        step_s=0,
+        idle_share=0,
+        stages=stages,
+        edges=(EdgePlan(from_stage=0, to_stage=1, size_bytes=8, transfer_s=0.5, latency_s=0.1, codec="none"),),
+    )
     plan = Plan(
         job="j",
         model="m",
         num_layers=2,
-        schedule="1f1b",
-        num_microbatches=4,
-        microbatch=3,
         precision="fp32",
         source="analytic",
+        objective="throughput",
+        global_batch=12,
+        gradient_codec="none",
         step_s=0,
         idle_share=0,
-        stages=stages,
-        edges=(EdgePlan(from_stage=0, to_stage=1, size_bytes=8, transfer_s=0.5, latency_s=0.1),),
+        replicas=(replica,),
     )
     step = step_of_plan(plan, tokens_per_sample=7, usd_per_hour_of_chip={"c": 2.0}, watts_of_chip={"c": 50.0})
     result = simulate_step(step)
-    assert result.step_s == pytest.approx(plan.simulate().step_s)
+    assert result.step_s == pytest.approx(plan.replica.simulate().step_s)
     assert (result.step.tokens, result.usd_per_hour, result.watts) == (84, 4.0, 100.0)
     assert result.peak_bytes == 10

@@ -15,7 +15,7 @@ import numpy as np
 from hybrid.errors import FleetError, PlanError
 from hybrid.scheduler.held import peak_posted_of_stage
 from hybrid.scheduler.lowering import lower_communication
-from hybrid.scheduler.plan import Plan
+from hybrid.scheduler.plan import Plan, ReplicaPlan
 from hybrid.scheduler.schedules import build_schedule
 from hybrid.scheduler.search.links import LinkModel, Network, reduce_seconds
 from hybrid.scheduler.search.problem import MemoryModel, Pool
@@ -113,33 +113,37 @@ def step_of_plan(
     usd_per_hour_of_chip: Mapping[str, float] | None = None,
     watts_of_chip: Mapping[str, float] | None = None,
 ) -> TrainingStep:
-    """Return the training step of a plan file: one pipeline, one chip a stage, optimizer not counted.
+    """Return the training step of a plan file: a pipeline a replica; neither optimizer nor reduction counted.
 
     A plan file holds each stage's peak and not what it consists of: memory over time is that peak throughout.
     """
     usd, watts = usd_per_hour_of_chip or {}, watts_of_chip or {}
-    schedule = plan.build_schedule()
+    pipelines = tuple(_planned(plan, replica, usd, watts) for replica in plan.replicas)
+    return TrainingStep(pipelines=pipelines, tokens_per_sample=tokens_per_sample, source=plan.source)
+
+
+def _planned(plan: Plan, replica: ReplicaPlan, usd: Mapping[str, float], watts: Mapping[str, float]) -> Pipeline:
     stages = tuple(
         StageCost(
             name=f"{stage.island} {stage.chip}",
             forward_s=stage.forward_s,
-            input_gradient_s=stage.backward_s / 2,
-            weight_gradient_s=stage.backward_s / 2,
+            input_gradient_s=stage.backward_s - stage.weight_gradient_s,
+            weight_gradient_s=stage.weight_gradient_s,
+            num_ranks=len(stage.ranks),
             memory=StageMemory(state_bytes=stage.memory_bytes, limit_bytes=stage.memory_limit_bytes),
             usd_per_hour=usd.get(stage.chip, 0.0),
             watts=watts.get(stage.chip, 0.0),
         )
-        for stage in plan.stages
+        for stage in replica.stages
     )
-    messages = [Message(transfer_s=edge.transfer_s, latency_s=edge.latency_s) for edge in plan.edges]
-    pipeline = Pipeline(
-        name=plan.job,
-        schedule=schedule,
+    messages = [Message(transfer_s=edge.transfer_s, latency_s=edge.latency_s) for edge in replica.edges]
+    return Pipeline(
+        name=plan.job if len(plan.replicas) == 1 else f"{plan.job} replica {replica.replica}",
+        schedule=replica.build_schedule(),
         stages=stages,
         edges=tuple(EdgeCost(activation=message, gradient=message) for message in messages),
-        samples=plan.microbatch,
+        samples=replica.microbatch,
     )
-    return TrainingStep(pipelines=(pipeline,), tokens_per_sample=tokens_per_sample, source=plan.source)
 
 
 def _check_cover(replica: ReplicaSpec, num_layers: int, pools: Mapping[str, Pool]) -> None:
