@@ -12,21 +12,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybrid.models.stage import Stage, named_state, tied_parameters
+from hybrid.config import ModelConfig
+from hybrid.models.stage import tied_parameters
 from hybrid.runtime.interpreter import host_bytes
 from hybrid.transports.base import Transport
 
 
-def add_tied_gradients(stage: Stage, edges: Mapping[int, Transport], *, step: int, timeout_s: float) -> None:
+def add_tied_gradients(
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    other_end: Transport | None,
+    *,
+    step: int,
+    timeout_s: float,
+) -> None:
     """Give both copies of a tied weight the sum of their gradients, the same bits on both.
+
+    Args:
+        state: this rank's parameters by their names in the whole model.
+        other_end: the edge to the rank of the other copy, where this rank holds just one.
 
     Numerics:
         (sum over microbatches of the head's) + (sum over microbatches of the embedding's), in this order.
     """
-    names = tied_parameters(stage.config)
+    names = tied_parameters(config)
     if names is None:
         return
-    embedding, head = (named_state(stage).get(name) for name in names)
+    embedding, head = (state.get(name) for name in names)
     if embedding is not None and head is not None:
         total = _grad(head) + _grad(embedding)
         _grad(embedding).copy_(total)
@@ -35,13 +47,12 @@ def add_tied_gradients(stage: Stage, edges: Mapping[int, Transport], *, step: in
     own = embedding if embedding is not None else head
     if own is None:
         return
-    # Of all edges only first and last stage share this one; it is the one to the highest or to rank 0.
-    edge = edges[max(edges)] if embedding is not None else edges[0]
+    assert other_end is not None, "no edge to the tied weight's other copy"
     tag = f"{step}/tied"
     mine = _grad(own).to("cpu").contiguous()
     other = torch.empty_like(mine)
-    receiving = edge.recv(tag, [host_bytes(other)])
-    sending = edge.send(tag, [host_bytes(mine)])
+    receiving = other_end.recv(tag, [host_bytes(other)])
+    sending = other_end.send(tag, [host_bytes(mine)])
     receiving.wait(timeout_s)
     sending.wait(timeout_s)
     # Addition of two numbers commutes bit for bit, so the order is the same on both ends.
@@ -64,7 +75,11 @@ def share_squares(
     step: int,
     timeout_s: float,
 ) -> tuple[list[float], float]:
-    """Return every layer's sum of squares and the last rank's loss, on every rank.
+    """Return every layer's sum of squares and the loss, on every rank.
+
+    Args:
+        loss: where this rank holds the last stage, else None.
+        rank, num_ranks, edges: in pipeline ranks.
 
     Cost:
         2 messages of 8 (L + 1) bytes a rank.

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from hybrid.errors import ProtocolError
 from hybrid.wire import pack, unpack
 
-CONTROL_VERSION = 1
+CONTROL_VERSION = 2
 MAX_CONTROL_BYTES = 4 * 2**20
 
 
@@ -39,11 +39,10 @@ class Hello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """Worker: my stage is built and warm; `forward_s` and `backward_s` are what they cost this machine's CPU."""
+    """Worker: my stages are built and warm; a kind of action (`2F`: stage 2's forward) -> what it costs this CPU."""
 
     rank: int
-    forward_s: float
-    backward_s: float
+    seconds_of: Mapping[str, float]
     allocated_bytes: int
 
 
@@ -195,6 +194,9 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     "bool": lambda x: type(x) is bool,
     "float | None": lambda x: x is None or type(x) in (int, float),
     "Mapping[str, str]": lambda x: type(x) is dict and all(type(v) is str for v in x.values()),
+    "Mapping[str, float]": lambda x: (
+        type(x) is dict and all(type(k) is str and type(v) in (int, float) for k, v in x.items())
+    ),
     "Mapping[str, tuple[int, str]]": lambda x: (
         type(x) is dict and all(type(v) is tuple and tuple(map(type, v)) == (int, str) for v in x.values())
     ),

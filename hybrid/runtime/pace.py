@@ -5,9 +5,10 @@ Pure: decides from what the ranks measured; see `EmulatedBackend` for what it is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from hybrid.scheduler.actions import Action
 from hybrid.scheduler.plan import Plan
 
 _SHARE_OF_ACTION = 0.75
@@ -18,8 +19,7 @@ _SHARE_OF_CORES = 0.7
 
 def time_scale(
     plan: Plan,
-    forward_s_of_rank: Sequence[float],
-    backward_s_of_rank: Sequence[float],
+    seconds_of_rank: Sequence[Mapping[str, float]],
     *,
     wanted: float | Literal["auto"],
     pace: bool,
@@ -29,32 +29,31 @@ def time_scale(
 
     `auto` is the smallest scale at which this machine keeps up: every action's arithmetic fits its paced time, and all
     ranks' arithmetic together fits the cores. Two significant digits, rounded up.
+
+    Args:
+        seconds_of_rank: by rank, what each kind of action (`2F`: stage 2's forward) costs a core of this machine.
     """
-    emulated = [stage for stage in plan.stages if stage.backend == "emulated"]
+    emulated = [rank for rank in range(plan.num_ranks) if plan.stages_of_rank(rank)[0].backend == "emulated"]
     if not pace or not emulated:
         return 0.0
     if wanted != "auto":
         return wanted
-    least = max(
-        (
-            cpu_s / paced_s / _SHARE_OF_ACTION
-            for stage in emulated
-            for rank in stage.ranks
-            for cpu_s, paced_s in (
-                (forward_s_of_rank[rank], stage.forward_s),
-                (backward_s_of_rank[rank], stage.backward_s),
-            )
-            # An edited plan may say that an action takes no time: nothing paces it.
-            if paced_s > 0
-        ),
-        default=0.0,
-    )
-    slowest_s = max(stage.forward_s + stage.backward_s for stage in emulated)
+    # An edited plan may say that an action takes no time: nothing paces it.
+    least, slowest_s = 0.0, 0.0
+    for rank in emulated:
+        paced_s = {words: plan.replica_of_rank(rank).seconds_of(_action(words)) for words in seconds_of_rank[rank]}
+        slowest_s = max(slowest_s, sum(paced_s.values()))
+        shares = (cpu_s / paced_s[words] for words, cpu_s in seconds_of_rank[rank].items() if paced_s[words] > 0)
+        least = max(least, *(share / _SHARE_OF_ACTION for share in shares), 0.0)
     if slowest_s == 0:
         return 0.0
-    total_s = sum(forward_s_of_rank) + sum(backward_s_of_rank)
+    total_s = sum(sum(seconds.values()) for seconds in seconds_of_rank)
     crowded = total_s / num_cores / _SHARE_OF_CORES / slowest_s
     return _round_up(max(least, crowded))
+
+
+def _action(words: str) -> Action:
+    return Action.parse(f"{words}0")
 
 
 def _round_up(value: float) -> float:

@@ -89,7 +89,7 @@ def accumulate_gradients(model: Stage, job: JobConfig, tokens: TokenData, step: 
             torch.autograd.backward(loss / job.batch.num_microbatches)
             total += loss.item()
     if job.model.tied_embeddings:
-        add_tied_gradients(model, {}, step=step, timeout_s=0.0)
+        add_tied_gradients(job.model, named_state(model), None, step=step, timeout_s=0.0)
     return total / job.batch.num_microbatches
 
 

@@ -215,8 +215,7 @@ async def _coordinate(
         nonlocal scale
         scale = time_scale(
             plan,
-            [message.forward_s for message in ready],
-            [message.backward_s for message in ready],
+            [message.seconds_of for message in ready],
             wanted=job.emulation.time_scale,
             pace=job.emulation.pace,
             num_cores=os.cpu_count() or 1,

@@ -39,8 +39,8 @@ def first_calls_of(compute: StageCompute, microbatch: int, precision: Precision)
     return {"forward and backward": train, "evaluation": evaluate}
 
 
-def warm_up(compute: StageCompute, microbatch: int, precision: Precision) -> tuple[float, float]:
-    """Return the CPU seconds of one forward and one backward; sets `compute.saved_bytes`, leaves zero gradients.
+def warm_up(compute: StageCompute, microbatch: int, precision: Precision) -> dict[str, float]:
+    """Return the CPU seconds of one action of each kind; sets `compute.saved_bytes`, leaves zero gradients.
 
     CPU time, not wall time: all ranks warm up at once on the same cores. On an accelerator it is the host's share.
 
@@ -66,4 +66,4 @@ def warm_up(compute: StageCompute, microbatch: int, precision: Precision) -> tup
     compute.take_loss()
     for parameter in compute.stage.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return forward_s, backward_s
+    return {"F": forward_s, "B": backward_s}

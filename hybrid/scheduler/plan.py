@@ -118,6 +118,11 @@ class ReplicaPlan:
         groups = self.groups
         return tuple(groups.index(stage.ranks) for stage in self.stages)
 
+    def place_of_rank(self, rank: int) -> tuple[int, int]:
+        """Return the pipeline rank that one of the job's ranks belongs to, and its place in that group."""
+        own = next(index for index, group in enumerate(self.groups) if rank in group)
+        return own, self.groups[own].index(rank)
+
     def build_schedule(self) -> Schedule:
         """Return the replica's compute-only schedule over its pipeline ranks.
 

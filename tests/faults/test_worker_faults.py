@@ -14,7 +14,7 @@ from hybrid.commands.job import fleet_of, plan_of
 from hybrid.config import JobConfig, parse_job
 from hybrid.errors import HybridError, WorkerFailed
 from hybrid.observe.events import StepEvent
-from hybrid.runtime import checkpoint, optimizer, worker
+from hybrid.runtime import checkpoint, held_stages, optimizer, worker
 from hybrid.runtime.compute import StageCompute
 from hybrid.runtime.local import ThreadPlacement
 from hybrid.runtime.trainer import train
@@ -75,7 +75,7 @@ def _on_rank(rank: int, function: Callable[..., Any], *, nth_call: int = 1) -> C
 
 PLACES: dict[str, tuple[object, str, int]] = {
     "opening its node": (worker, "open_node", 1),
-    "building the stage": (worker, "build_stage", 1),
+    "building the stage": (held_stages, "build_stage", 1),
     "warming up": (worker, "warm_up", 1),
     "a forward of the second step": (StageCompute, "forward", 3 + 1 + 4 + 2),
     "a backward of the second step": (StageCompute, "backward", 3 + 4 + 2),

@@ -21,7 +21,7 @@ from hybrid.runtime.interpreter import Interpreter
 from hybrid.runtime.local import ThreadPlacement
 from hybrid.runtime.reference import accumulate_gradients
 from hybrid.runtime.trainer import train, train_in_one_process
-from hybrid.runtime.worker import batch_of
+from hybrid.runtime.worker_data import batch_of
 from hybrid.scheduler.lowering import lower_communication
 from hybrid.transports import open_node
 
@@ -105,8 +105,9 @@ def _pipeline_gradients(job: JobConfig, tokens: TokenData, medium: str) -> dict[
                 seconds_of=plan.seconds_of,
                 timeout_s=TIMEOUT_S,
             )
-            interpreter.run(0, batch_of(job, tokens, 0))
-            add_tied_gradients(stage, edges, step=0, timeout_s=TIMEOUT_S)
+            interpreter.run(0, batch_of(job, plan, tokens, 0))
+            other_end = edges.get(last if rank == 0 else 0)
+            add_tied_gradients(job.model, named_state(stage), other_end, step=0, timeout_s=TIMEOUT_S)
             stages[rank] = stage
         except BaseException as error:
             failures.append(error)

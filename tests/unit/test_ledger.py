@@ -31,7 +31,7 @@ def ledger(num_ranks: int = 2) -> Ledger:
         num_ranks=num_ranks,
         token=TOKEN,
         tokens_per_step=1000,
-        scale_of=lambda ready: sum(r.forward_s for r in ready) * 10,
+        scale_of=lambda ready: sum(r.seconds_of[f"{r.rank}F"] for r in ready) * 10,
         join_timeout_s=60.0,
         silence_s=10.0,
         started_s=STARTED_S,
@@ -43,7 +43,7 @@ def hello(rank: int, token: bytes = TOKEN) -> Hello:
 
 
 def ready(rank: int) -> Ready:
-    return Ready(rank=rank, forward_s=0.1, backward_s=0.2, allocated_bytes=1)
+    return Ready(rank=rank, seconds_of={f"{rank}F": 0.1, f"{rank}B": 0.2}, allocated_bytes=1)
 
 
 def report(rank: int, step: int, loss: float | None = None) -> StepReport:
@@ -140,7 +140,7 @@ def test_who_has_not_said_hello_is_not_heard(message):
 def test_the_last_to_be_ready_starts_all_with_the_scale_of_what_they_measured_in_rank_order():
     book = joined()
     assert book.on_message(ready(1), 115) == []
-    assert book.on_message(replace(ready(0), forward_s=0.3), 116) == [
+    assert book.on_message(replace(ready(0), seconds_of={"0F": 0.3}), 116) == [
         Emit(event=PhaseEvent(name="stages built and warm", since_start_s=16.0)),
         Send(rank=None, message=Start(time_scale=4.0)),
     ]

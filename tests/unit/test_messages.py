@@ -31,6 +31,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "bool": st.booleans(),
     "float | None": st.none() | st.floats(allow_nan=False),
     "Mapping[str, str]": st.dictionaries(st.text(), st.text(), max_size=5),
+    "Mapping[str, float]": st.dictionaries(st.text(), st.floats(allow_nan=False), max_size=5),
     "Mapping[str, tuple[int, str]]": st.dictionaries(
         st.text(), st.tuples(st.integers(0, 2**63), st.text()), max_size=5
     ),
@@ -83,7 +84,7 @@ def test_the_frame_that_the_tests_spoil_is_a_right_one():
         (msgpack.packb(None), "control message is no map"),
         (b"\xc6" + (MAX_CONTROL_BYTES + 1).to_bytes(4, "big") + bytes(MAX_CONTROL_BYTES + 1), "longer than its kind"),
         (_frame(Alive(), v=...), "another version"),
-        (_frame(Alive(), v=CONTROL_VERSION + 1), r"another version \(got '2'\); valid: 1"),
+        (_frame(Alive(), v=CONTROL_VERSION + 1), r"another version \(got '3'\); valid: 2"),
         (_frame(Alive(), v="1"), "another version"),
         (_frame(Alive(), v=True), "another version"),
         (_frame(Alive(), v="1" * 10_000), "another version"),

@@ -1,0 +1,67 @@
+"""The stages that a rank holds: each with its compute, its optimizer and its state on disk.
+
+Builds them from the plan; opens no edge, runs no step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hybrid.backends.base import Backend
+from hybrid.backends.number_emulation import emulate_matmuls
+from hybrid.models.stage import Stage, build_stage, named_state, parameter_dtype
+from hybrid.runtime.compute import StageCompute
+from hybrid.runtime.optimizer import AdamW
+from hybrid.runtime.placement import WorkerSpec
+from hybrid.runtime.stage_numerics import declared_numerics
+from hybrid.runtime.stage_state import StageState, squares_of_layers
+from hybrid.scheduler.plan import StagePlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldStage:
+    """One stage at work on this rank."""
+
+    plan: StagePlan
+    stage: Stage
+    compute: StageCompute
+    optimizer: AdamW
+    state: StageState
+
+
+def build_held_stages(spec: WorkerSpec, backend: Backend) -> tuple[HeldStage, ...]:
+    """Return the rank's stages, in pipeline order, on its device.
+
+    Raises:
+        torch.OutOfMemoryError: weights, gradients and optimizer state do not fit.
+    """
+    return tuple(_build(spec, plan, backend) for plan in spec.plan.stages_of_rank(spec.rank))
+
+
+def _build(spec: WorkerSpec, plan: StagePlan, backend: Backend) -> HeldStage:
+    job = spec.job
+    dtype = parameter_dtype(job.precision)
+    stage = build_stage(job.model, plan.first_layer, plan.end_layer, seed=job.seed, dtype=dtype)
+    state_bytes = sum(p.numel() * p.element_size() for p in stage.parameters()) * 4
+    backend.allocate(state_bytes, "weights, gradients and optimizer state")
+    stage = backend.place(stage)
+    numerics = declared_numerics(job, island=plan.island, chip=spec.chip, backend=plan.backend)
+    if numerics is not None:
+        emulate_matmuls(stage, numerics, seed=job.seed + plan.stage)
+    replica = spec.plan.replica_of_rank(spec.rank)
+    compute = StageCompute(stage, backend, precision=job.precision, num_microbatches=replica.num_microbatches)
+    optimizer = AdamW(named_state(stage), job.optimizer, job.steps)
+    return HeldStage(plan=plan, stage=stage, compute=compute, optimizer=optimizer, state=StageState(stage, optimizer))
+
+
+def parameters_of(held: tuple[HeldStage, ...]) -> dict[str, Tensor]:
+    """Return the parameters of all of a rank's stages by their names in the whole model."""
+    return {name: tensor for one in held for name, tensor in named_state(one.stage).items()}
+
+
+def squares_of(held: tuple[HeldStage, ...]) -> Mapping[int, float]:
+    """Return the sum of squared gradients of each of a rank's layers."""
+    return {layer: square for one in held for layer, square in squares_of_layers(one.stage).items()}
