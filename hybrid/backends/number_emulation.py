@@ -3,7 +3,7 @@
 `emulate_matmuls(stage, numerics)` puts every product with a weight of the stage (forward, input's gradient, weight's
 gradient) under the chosen format and can be taken back; no parameter is renamed. Attention's own products, norms and
 softmax stay as they are. An emulation of formats and rounding, not of any chip's order of summation. May import only
-torch and `errors`.
+torch, `errors` and `weight_gradients`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+
+from hybrid.backends.weight_gradients import active_deferral
 
 Matmul = Literal["fp32", "tf32", "bf16", "fp8"]
 Rounding = Literal["nearest", "stochastic", "truncate"]
@@ -134,20 +136,29 @@ class _Linear(torch.autograd.Function):
             seen_weight = quantize(weight, numerics, generator=generator)
             ctx.save_for_backward(seen_x, seen_weight)
             ctx.how = (numerics, generator, x.dtype, weight.dtype, out)
+            # Stochastic rounding draws in the order of the products: nothing of those is put off.
+            ctx.weight, ctx.deferral = weight, None if numerics.rounding == "stochastic" else active_deferral()
             return _leave(F.linear(seen_x, seen_weight), out, numerics, generator)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         seen_x, seen_weight = ctx.saved_tensors
         numerics, generator, x_dtype, weight_dtype, out = ctx.how
         with torch.autocast("cpu", enabled=False):
             seen_grad = quantize(grad, numerics, is_gradient=True, generator=generator)
-            grad_x = _leave(seen_grad @ seen_weight, out, numerics, generator)
-            grad_weight = seen_grad.flatten(0, -2).T @ seen_x.flatten(0, -2)
-            # Autocast's products leave in its format, the weight's gradient too.
-            grad_weight = _leave(grad_weight, out, numerics, generator)
-        return grad_x.to(x_dtype), grad_weight.to(weight_dtype), None, None, None
+            grad_x = _leave(seen_grad @ seen_weight, out, numerics, generator).to(x_dtype)
+
+        def grad_weight() -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                product = seen_grad.flatten(0, -2).T @ seen_x.flatten(0, -2)
+                # Autocast's products leave in its format, the weight's gradient too.
+                return _leave(product, out, numerics, generator).to(weight_dtype)
+
+        if ctx.deferral is None or not ctx.deferral.puts_off:
+            return grad_x, grad_weight(), None, None, None
+        ctx.deferral.add(ctx.weight, grad_weight, (seen_grad, seen_x))
+        return grad_x, None, None, None, None
 
 
 def _leave(y: Tensor, dtype: torch.dtype, numerics: MatmulNumerics, generator: torch.Generator | None) -> Tensor:

@@ -18,6 +18,7 @@ from hybrid.runtime.optimizer import AdamW
 from hybrid.runtime.placement import WorkerSpec
 from hybrid.runtime.stage_numerics import declared_numerics
 from hybrid.runtime.stage_state import StageState, squares_of_layers
+from hybrid.scheduler.actions import Kind, Schedule
 from hybrid.scheduler.plan import StagePlan
 
 
@@ -52,9 +53,23 @@ def _build(spec: WorkerSpec, plan: StagePlan, backend: Backend) -> HeldStage:
     if numerics is not None:
         emulate_matmuls(stage, numerics, seed=job.seed + plan.stage)
     replica = spec.plan.replica_of_rank(spec.rank)
-    compute = StageCompute(stage, backend, precision=job.precision, num_microbatches=replica.num_microbatches)
+    compute = StageCompute(
+        stage,
+        backend,
+        precision=job.precision,
+        num_microbatches=replica.num_microbatches,
+        # A compiled backward is one function: its two parts cannot come apart.
+        splits=not job.runtime.compile and splits_backward(replica.build_schedule(), plan.stage),
+        recompute=plan.recompute,
+    )
     optimizer = AdamW(named_state(stage), job.optimizer, job.steps)
     return HeldStage(plan=plan, stage=stage, compute=compute, optimizer=optimizer, state=StageState(stage, optimizer))
+
+
+def splits_backward(schedule: Schedule, stage: int) -> bool:
+    """Return whether a schedule runs any of a stage's backwards in two parts."""
+    actions = schedule.actions_of_rank[schedule.rank_of_stage[stage]]
+    return any(action.stage == stage and action.kind is Kind.I for action in actions)
 
 
 def parameters_of(held: tuple[HeldStage, ...]) -> dict[str, Tensor]:

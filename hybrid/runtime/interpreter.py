@@ -93,7 +93,7 @@ class Interpreter:
         self._shape, self._dtype = shape, dtype
         self._seconds_of = seconds_of
         self._timeout_s = timeout_s
-        self._inputs: dict[tuple[int, int], Tensor] = {}
+        self._borrowed: dict[tuple[int, int], list[Tensor]] = {}
         self._posted: dict[tuple[Kind, int, int], _Posted] = {}
         self._local: dict[tuple[Kind, int, int], Tensor] = {}
         self._sends: deque[tuple[Pending, Tensor]] = deque()
@@ -124,10 +124,10 @@ class Interpreter:
                 self._send(action, step)
             case Kind.F:
                 self._forward(action, batch, record)
-            case Kind.B:
+            case Kind.B | Kind.I:
                 self._backward(action, record)
-            case _:
-                raise ScheduleError("the worker runs no such action", value=str(action))
+            case Kind.W:
+                self._weight(action, record)
 
     def _post(self, action: Action, step: int) -> None:
         source = action.stage - 1 if action.kind is Kind.RECV_F else action.stage + 1
@@ -169,6 +169,7 @@ class Interpreter:
             return self._local.pop(key), None
         was_there = posted.pending.done()
         posted.pending.wait(self._timeout_s)
+        self._borrowed.setdefault((action.stage, action.microbatch), []).append(posted.buffer)
         if posted.stamp is not None:
             return posted.buffer, arrival_s(posted.stamp)
         return posted.buffer, None if was_there else time.monotonic()
@@ -184,7 +185,6 @@ class Interpreter:
             x = ids
         else:
             x, ready_s = self._take(Kind.F, action)
-            self._inputs[(action.stage, action.microbatch)] = x
         start_s = time.monotonic()
         out = backend.execute(
             lambda: compute.forward(action.microbatch, backend.to_device(x), targets),
@@ -204,9 +204,10 @@ class Interpreter:
         ready_s: float | None = None
         if not compute.is_last:
             grad, ready_s = self._take(Kind.B, action)
+        backward = compute.backward if action.kind is Kind.B else compute.backward_input
         start_s = time.monotonic()
         out = backend.execute(
-            lambda: compute.backward(action.microbatch, None if grad is None else backend.to_device(grad)),
+            lambda: backward(action.microbatch, None if grad is None else backend.to_device(grad)),
             expected_s=self._seconds_of(action),
             ready_s=ready_s,
         )
@@ -214,11 +215,20 @@ class Interpreter:
         record.spans.append(Span(action=action, start_s=start_s, end_s=time.monotonic()))
         if landed is not None:
             self._local[(Kind.B, action.stage - 1, action.microbatch)] = landed
-        if grad is not None and self._rank_of_stage[action.stage + 1] != self._rank_of_stage[action.stage]:
-            backend.recycle(grad)
-        x = self._inputs.pop((action.stage, action.microbatch), None)
-        if x is not None and self._rank_of_stage[action.stage - 1] != self._rank_of_stage[action.stage]:
-            backend.recycle(x)
+        if action.kind is Kind.B:
+            self._give_back(action)
+
+    def _weight(self, action: Action, record: StepRecord) -> None:
+        compute = self._compute[action.stage]
+        start_s = time.monotonic()
+        compute.backend.execute(lambda: compute.backward_weight(action.microbatch), expected_s=self._seconds_of(action))
+        record.spans.append(Span(action=action, start_s=start_s, end_s=time.monotonic()))
+        self._give_back(action)
+
+    def _give_back(self, action: Action) -> None:
+        """Recycle the buffers in which a microbatch's input and gradient came: its last action has read them."""
+        for buffer in self._borrowed.pop((action.stage, action.microbatch), ()):
+            self._backend.recycle(buffer)
 
     def _landed(self, out: Tensor) -> Tensor:
         """Return an action's result on the host, in a buffer that has been used before where it had to be copied."""

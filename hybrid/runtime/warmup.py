@@ -40,9 +40,10 @@ def first_calls_of(compute: StageCompute, microbatch: int, precision: Precision)
 
 
 def warm_up(compute: StageCompute, microbatch: int, precision: Precision) -> dict[str, float]:
-    """Return the CPU seconds of one action of each kind; sets `compute.saved_bytes`, leaves zero gradients.
+    """Return the CPU seconds of one action of each kind: F and B, or F, I and W of a stage that splits its backwards.
 
-    CPU time, not wall time: all ranks warm up at once on the same cores. On an accelerator it is the host's share.
+    Sets what the stage's microbatches hold, in bytes; leaves zero gradients. CPU time, not wall time: all ranks warm up
+    at once on the same cores. On an accelerator it is the host's share.
 
     Raises:
         torch.OutOfMemoryError: not even one microbatch fits.
@@ -51,19 +52,29 @@ def warm_up(compute: StageCompute, microbatch: int, precision: Precision) -> dic
     ids = torch.zeros(shape[:2], dtype=torch.int64)
     backend = compute.backend
     boundary = backend.to_device(torch.zeros(shape, dtype=boundary_dtype(precision)))
+    x = backend.to_device(ids) if compute.is_first else boundary
+    grad = None if compute.is_last else boundary
     compute.saved_bytes = measure_saved_bytes(
         compute.stage, microbatch=microbatch, precision=precision, device=backend.device.type
     )
-    forward_s = backward_s = float("inf")
+    compute.input_bytes = min(x.untyped_storage().nbytes(), compute.saved_bytes)
+    actions: dict[str, Callable[[], object]] = {"F": lambda: compute.forward(0, x, ids)}
+    if compute.splits:
+        actions |= {"I": lambda: compute.backward_input(0, grad), "W": lambda: compute.backward_weight(0)}
+    else:
+        actions["B"] = lambda: compute.backward(0, grad)
+    seconds = dict.fromkeys(actions, float("inf"))
+    put_off_bytes = 0
     with compute.context():
         for _ in range(_ROUNDS):
-            start = time.thread_time()
-            compute.forward(0, backend.to_device(ids) if compute.is_first else boundary, ids)
-            middle = time.thread_time()
-            compute.backward(0, None if compute.is_last else boundary)
-            forward_s = min(forward_s, middle - start)
-            backward_s = min(backward_s, time.thread_time() - middle)
+            for kind, act in actions.items():
+                start_s = time.thread_time()
+                act()
+                seconds[kind] = min(seconds[kind], time.thread_time() - start_s)
+                if kind == "I":
+                    put_off_bytes = compute.held_for_weights(0)
+    compute.put_off_bytes = put_off_bytes
     compute.take_loss()
     for parameter in compute.stage.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return {"F": forward_s, "B": backward_s}
+    return seconds
