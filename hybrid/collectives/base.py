@@ -64,8 +64,10 @@ class Group(ABC):
 
     Contract (every clause is checked by `hybrid.testing.group_kit`, under the name given first):
 
-    1. *Order*: every member calls the same operations in the same order (send, recv and batch only with the peers
-       they name); the group runs them in that order. Any number of groups may be at work at once in one process.
+    1. *Order*: every member calls the same collectives in the same order; the group runs them in that order. Sends
+       and receives (send, recv, batch) are ordered within a (peer, tag) alone: they start at the call, hold up
+       nothing, and nothing but the wire holds them up. Any number of groups may be at work at once in one process,
+       over the same edges too.
     2. *Asynchronous*: a call returns at once; its `Work` tells the end. Several may be under way.
     3. *In place*: the tensors given are read and written themselves: contiguous, on the host, of any number of
        elements, 0 among them. Input tensors that are not outputs keep their values.
@@ -79,8 +81,9 @@ class Group(ABC):
     8. *Loss is told*: when a member has gone, at whatever phase, the others' waits raise PeerLost within the
        derived time-out, and a new group of those that are left can be made at once.
     9. *Misuse is refused*: other operations, sizes, formats or roots than the peers' raise ProtocolError at one end
-       at least and hang no one beyond the time-out; a tensor that is not contiguous, not on the host or of an
-       unsupported format raises at the call.
+       at least, at the latest in the next collective of that member with the other, and hang no one beyond the
+       time-out; after that the group is of no more use. A tensor that is not contiguous, not on the host or of an
+       unsupported format raises a UserError or UnsupportedFormat at the call, and nothing has started.
     10. *Close* is idempotent, ends every pending operation with PeerLost, and leaves no thread, socket or segment.
     """
 
