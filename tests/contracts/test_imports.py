@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "hybrid.hardware": GROUND,
     "hybrid.transports": GROUND,
     "hybrid.scheduler": (*GROUND, "hybrid.hardware"),
-    "hybrid.collectives": (*GROUND, "hybrid.transports.base", "hybrid.transports.arrival"),
+    "hybrid.collectives": (*GROUND, "hybrid.transports.base", "hybrid.transports.arrival", "hybrid_kernels"),
     "hybrid.backends": (*GROUND, "hybrid.transports.base", "hybrid.collectives.base", "hybrid_kernels"),
     "hybrid.models": (*GROUND, "hybrid.scheduler.profile", "hybrid_kernels"),
     "hybrid_kernels": (),
