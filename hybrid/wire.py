@@ -130,7 +130,51 @@ class Attach:
     window_bytes: int
 
 
-Header: TypeAlias = MessageHeader | Chunk | Credit | Goodbye | Hello | Welcome | Refusal | Attach
+@dataclass(frozen=True, slots=True)
+class Approach:
+    """First word on a plain socket, from the end that dials; nothing of it is secret, and nothing of it is proven."""
+
+    version: int
+    rank: int
+    to_rank: int
+    edge: bytes
+    """A random name of the edge, the same on each of its streams."""
+    stream: int
+    num_streams: int
+    window_bytes: int
+    frame_bytes: int
+    must_seal: int
+    """1 where this end demands encryption."""
+    host: bytes
+    """A name of this host that only who knows the job's token can make."""
+    public: bytes
+    """This end's half of a fresh secret (X25519)."""
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """Second word, from the end that listens: its own half, and what the two will speak."""
+
+    window_bytes: int
+    frame_bytes: int
+    sealed: int
+    """1 where all that follows the proofs is encrypted."""
+    host: bytes
+    public: bytes
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Third word, and, from the other end, the fourth: that the sender knows the token, over all that was said."""
+
+    mac: bytes
+
+
+Header: TypeAlias = (
+    MessageHeader | Chunk | Credit | Goodbye | Hello | Welcome | Refusal | Attach | Approach | Challenge | Proof
+)
 
 _CLASS_OF_KIND: dict[int, type[Header]] = {
     1: MessageHeader,
@@ -141,6 +185,9 @@ _CLASS_OF_KIND: dict[int, type[Header]] = {
     6: Welcome,
     7: Refusal,
     8: Attach,
+    9: Approach,
+    10: Challenge,
+    11: Proof,
 }
 _KIND_OF_CLASS = {cls: kind for kind, cls in _CLASS_OF_KIND.items()}
 _FIELDS_OF_CLASS = {cls: tuple(field.name for field in fields(cls)) for cls in _KIND_OF_CLASS}
@@ -194,6 +241,9 @@ _TYPES_OF_CLASS: dict[type[Header], tuple[type, ...]] = {
     Welcome: (str, bytes),
     Refusal: (str,),
     Attach: (bytes, int),
+    Approach: (int, int, int, bytes, int, int, int, int, int, bytes, bytes, bytes),
+    Challenge: (int, int, int, bytes, bytes, bytes),
+    Proof: (bytes,),
 }
 
 

@@ -17,6 +17,8 @@ VARIANTS: dict[str, str] = {
     "inproc": "hybrid.transports.inproc:open_inproc_node",
     "zmq-tcp": "hybrid.transports.zmq:open_tcp_node",
     "zmq-ipc": "hybrid.transports.zmq:open_ipc_node",
+    "tcp": "hybrid.transports.tcp:open_tcp_node",
+    "tcp-sealed": "hybrid.transports.tcp:open_sealed_tcp_node",
 }
 """Where each variant's `OpenNode` is, by name."""
 

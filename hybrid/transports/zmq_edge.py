@@ -28,8 +28,8 @@ from hybrid.transports.base import (
     misfit,
     sizes_of,
 )
+from hybrid.transports.message import Arriving, Matcher, Posted, parts_of
 from hybrid.transports.zmq_engine import Engine
-from hybrid.transports.zmq_message import Arriving, Matcher, Posted, parts_of
 from hybrid.transports.zmq_pending import NOW, NOW_AND_MORE, TRACKER_SLICE_S, ZmqReceiving, ZmqSending
 from hybrid.transports.zmq_socket import Monitor, Socket, ZmqOptions, fd_of
 from hybrid.wire import Attach, Chunk, Credit, Goodbye, MessageHeader, decode_header, encode_header
@@ -210,7 +210,7 @@ class ZmqTransport(Transport):
                     raise ProtocolError(f"rank {self.peer} sent a chunk out of turn", value=(record.seq, record.offset))
                 if not more:
                     raise ProtocolError(f"rank {self.peer} sent a chunk without a payload")
-                self._take_payload(message, message.next_frame_bytes(), 0)
+                self._take_payload(message, message.frame_bytes_at(message.filled_bytes), 0)
             case Credit() if not more:
                 self._credit_bytes += record.size_bytes
                 self._pump()
@@ -259,18 +259,18 @@ class ZmqTransport(Transport):
 
     def _take_payload(self, message: Arriving, size_bytes: int, overhead_bytes: int) -> None:
         if size_bytes:
-            place = message.place_for(size_bytes)
+            place = message.place_for(message.filled_bytes, size_bytes)
             if place is not None:
                 got = self._socket.recv_into(place, flags=NOW)
             elif size_bytes <= self._options.copy_below_bytes:
                 # Small frames share ZeroMQ's read buffer: held as they are, each would keep all of it.
                 small = self._socket.recv(NOW)
                 got = len(small)
-                message.put(small)
+                message.put(message.filled_bytes, small)
             else:
                 large = self._socket.recv(NOW, copy=False)
                 got = len(large)
-                message.put(large.buffer)
+                message.put(message.filled_bytes, large.buffer)
             if got != size_bytes:
                 raise ProtocolError(
                     f"rank {self.peer} sent a frame of the wrong length", value=got, valid=str(size_bytes)

@@ -15,8 +15,8 @@ import zmq
 
 from hybrid.errors import CommError, CommTimeout
 from hybrid.transports.base import Pending
+from hybrid.transports.message import Part, Posted
 from hybrid.transports.zmq_engine import Engine
-from hybrid.transports.zmq_message import Part, Posted
 from hybrid.transports.zmq_socket import Socket
 
 # As plain numbers: pyzmq's flags are enums, and joining two costs as much as sending a message.

@@ -11,6 +11,8 @@ KIT_OF_VARIANT = {
     "inproc": TransportKit(partial(open_node, "inproc"), processes=False),
     "zmq-tcp": TransportKit(partial(open_node, "zmq-tcp")),
     "zmq-ipc": TransportKit(partial(open_node, "zmq-ipc")),
+    "tcp": TransportKit(partial(open_node, "tcp")),
+    "tcp-sealed": TransportKit(partial(open_node, "tcp-sealed")),
 }
 
 

@@ -34,6 +34,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "zmq": ("hybrid.transports.zmq*", "hybrid.runtime.coordinator", "hybrid.runtime.control"),
     "ray": ("hybrid.runtime.launcher",),
     "msgpack": ("hybrid.wire",),
+    "cryptography": ("hybrid.transports.tcp_secret",),
     "pydantic": ("hybrid.config",),
     "pickle": (),
     "cloudpickle": (),

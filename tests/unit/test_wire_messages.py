@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid.transports.base import MESSAGE_OVERHEAD_BYTES
-from hybrid.transports.zmq_message import Arriving, Matcher, Part, Posted, parts_of
+from hybrid.transports.message import Arriving, Matcher, Part, Posted, parts_of
 from hybrid.wire import Chunk, MessageHeader, decode_header
 
 
@@ -39,13 +39,13 @@ def test_any_message_cut_into_parts_comes_together_whenever_its_receive_is_poste
         else:
             assert record == Chunk(3, arriving.filled_bytes)
             assert part.payload is not None
-            assert len(part.payload) == arriving.next_frame_bytes() <= frame_bytes
+            assert len(part.payload) == arriving.frame_bytes_at(arriving.filled_bytes) <= frame_bytes
         if part.payload is not None:
-            place = arriving.place_for(len(part.payload))
+            place = arriving.place_for(arriving.filled_bytes, len(part.payload))
             if place is not None:
                 place[:] = part.payload
             else:
-                arriving.put(bytes(part.payload))
+                arriving.put(arriving.filled_bytes, bytes(part.payload))
             arriving.filled_bytes += len(part.payload)
     if arriving.receive is None:
         assert arriving.bind(receive)
@@ -74,11 +74,11 @@ def test_a_message_that_does_not_fit_leaves_the_buffers_alone() -> None:
     target = bytearray(5)
     receive = Posted("t", (memoryview(target),))
     arriving = Arriving(header)
-    arriving.put(b"abcd")
+    arriving.put(0, b"abcd")
     arriving.filled_bytes = 4
     assert not arriving.bind(receive)
-    assert arriving.place_for(2) is None
-    arriving.put(b"ef")
+    assert arriving.place_for(arriving.filled_bytes, 2) is None
+    arriving.put(4, b"ef")
     assert target == bytes(5)
     assert len(parts) == 3
 

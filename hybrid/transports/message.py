@@ -1,4 +1,4 @@
-"""Messages under way on a ZeroMQ edge: cut into parts, put together, matched with receives.
+"""Messages under way on an edge between processes: cut into parts, put together, matched with receives.
 
 Pure: no sockets, no locks, no clock. May import only `errors`, `wire` and `transports.base`.
 """
@@ -16,27 +16,27 @@ from hybrid.errors import CommError
 from hybrid.transports.base import MESSAGE_OVERHEAD_BYTES, sizes_of
 from hybrid.wire import Chunk, MessageHeader, encode_header
 
-Payload = memoryview | bytes
+Payload = memoryview | bytes | bytearray
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One ZeroMQ message: a record, and at most one payload frame."""
+    """What travels as one: a record, and at most one payload frame."""
 
     head: bytes
     payload: Payload | None
     weight: int
     """What it takes of the window."""
     in_place: bool = False
-    """The payload is read where it lies, also after it was handed to ZeroMQ."""
+    """The payload is read where it lies, also after it was handed over."""
 
 
 def parts_of(header: MessageHeader, views: Sequence[memoryview], *, copy_below_bytes: int) -> Iterator[Part]:
     """Yield the parts of a message, in order.
 
     A message of one buffer, or of up to `copy_below_bytes` (they are joined), that fits one frame is one part.
-    Of a longer message every payload is in place, the short last one too: ZeroMQ lets go of payloads
-    in order, so that the last one's release is every one's.
+    Of a longer message every payload is in place, the short last one too: a medium that lets go of payloads
+    in order has let go of all of them with the last one.
     """
     total = sum(header.sizes)
     head = encode_header(header)
@@ -83,7 +83,8 @@ class Arriving:
     filled_bytes: int = 0
     weight: int = 0
     """What it takes of the window until it is bound to a receive."""
-    held: list[Payload] = field(default_factory=list)
+    held: list[tuple[int, Payload]] = field(default_factory=list)
+    """Payloads that wait for the receive, each with its offset in the message."""
     _ends: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -101,32 +102,34 @@ class Arriving:
         """Give the message its receive; return whether it fits. What was held is copied out, or dropped."""
         self.receive = receive
         self.fits = sizes_of(receive.targets) == self.header.sizes
-        offset = 0
-        for payload in self.held:
+        for offset, payload in self.held:
             self._scatter(offset, payload)
-            offset += len(payload)
         self.held.clear()
         return self.fits
 
-    def next_frame_bytes(self) -> int:
-        """Return how long the next chunk must be."""
-        index, start = self._place(self.filled_bytes)
+    def frame_bytes_at(self, offset: int) -> int:
+        """Return how long the chunk that begins at `offset`, inside the message, must be."""
+        index, start = self._place(offset)
         return min(self.header.sizes[index] - start, self.header.frame_bytes)
 
-    def place_for(self, size_bytes: int) -> memoryview | None:
-        """Return where the next `size_bytes` go as they are, or None where they must be held, dropped or scattered."""
+    def begins_frame(self, offset: int) -> bool:
+        """Return whether a chunk of an honest peer begins at `offset`."""
+        return offset < self.size_bytes and self._place(offset)[1] % self.header.frame_bytes == 0
+
+    def place_for(self, offset: int, size_bytes: int) -> memoryview | None:
+        """Return where a frame goes as it is, or None where it must be held, dropped or scattered."""
         if self.receive is None or not self.fits:
             return None
-        index, start = self._place(self.filled_bytes)
+        index, start = self._place(offset)
         target = self.receive.targets[index]
         return target[start : start + size_bytes] if start + size_bytes <= target.nbytes else None
 
-    def put(self, payload: Payload) -> None:
+    def put(self, offset: int, payload: Payload) -> None:
         """Take a frame that had no single place: hold it, scatter it, or drop it."""
         if self.receive is None:
-            self.held.append(payload)
+            self.held.append((offset, payload))
         else:
-            self._scatter(self.filled_bytes, payload)
+            self._scatter(offset, payload)
 
     def _scatter(self, offset: int, payload: Payload) -> None:
         assert self.receive is not None
