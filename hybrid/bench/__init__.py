@@ -12,6 +12,10 @@ BENCHES: Mapping[str, tuple[str, str]] = {
         "hybrid.bench.kernels:measure_kernels",
         "The CPU kernels against plain torch: time and peak memory.",
     ),
+    "p2p": (
+        "hybrid.bench.p2p:measure_p2p",
+        "Bytes from one process to another: our transports, gloo, and memcpy's ceiling.",
+    ),
     "pipeline": (
         "hybrid.bench.pipeline:measure_pipeline",
         "One process, torch's 1F1B and ours side by side; emulated ranks against the simulated step.",

@@ -33,6 +33,8 @@ class Result:
     """The same for people: lines of a table, the same columns in each."""
     goals: Mapping[str, float] = field(default_factory=dict)
     """What a number of the summary should not exceed."""
+    floors: Mapping[str, float] = field(default_factory=dict)
+    """What a number of the summary should not fall below."""
 
     def __post_init__(self) -> None:
         for name, value in self.summary.items():

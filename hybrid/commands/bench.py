@@ -58,6 +58,13 @@ def _show(name: str, result: Result, console: Console) -> None:
         table.add_row(*line.values())
     console.print(table)
     for number, value in result.summary.items():
-        goal = result.goals.get(number)
-        verdict = "" if goal is None else f"  (goal ≤ {goal:.2f}: {'met' if value <= goal else 'MISSED'})"
+        verdict = _verdict(value, result.goals.get(number), result.floors.get(number))
         console.print(f"{number:<28} {value:.3f}{verdict}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _verdict(value: float, goal: float | None, floor: float | None) -> str:
+    if goal is not None:
+        return f"  (goal ≤ {goal:.2f}: {'met' if value <= goal else 'MISSED'})"
+    if floor is not None:
+        return f"  (goal ≥ {floor:.2f}: {'met' if value >= floor else 'MISSED'})"
+    return ""
