@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 BENCHES: Mapping[str, tuple[str, str]] = {
+    "allreduce": (
+        "hybrid.bench.allreduce:measure_allreduce",
+        "Sums over two and four processes of this host: our groups and gloo.",
+    ),
     "kernels": (
         "hybrid.bench.kernels:measure_kernels",
         "The CPU kernels against plain torch: time and peak memory.",

@@ -90,13 +90,13 @@ def _run(team: Team, settings: Settings) -> Times:
     for size_bytes in settings.sizes:
         count = settings.count(size_bytes)
         for turn in range(settings.turns + 1):
-            for arm in _rotated(arms, turn):
+            for arm in rotated(arms, turn):
                 rate = count * size_bytes / _seconds(team, arm, size_bytes, count)
                 if turn:  # the first turn warms up
                     times["one way", arm, size_bytes].append(rate)
     smallest = min(settings.sizes)
     for turn in range(settings.turns + 1):
-        for arm in _rotated(arms[1:], turn):
+        for arm in rotated(arms[1:], turn):
             message = PingPong(arm=arm, size_bytes=smallest, count=settings.round_trips)
             seconds = team.ask(dict.fromkeys(_NAMES, message))["rank_0"]
             if turn:
@@ -111,7 +111,8 @@ def _seconds(team: Team, arm: str, size_bytes: int, count: int) -> float:
     return float(team.ask(dict.fromkeys(_NAMES, message))["rank_1"])
 
 
-def _rotated(arms: tuple[str, ...], turn: int) -> tuple[str, ...]:
+def rotated(arms: tuple[str, ...], turn: int) -> tuple[str, ...]:
+    """Return the arms in the order of a turn: each is first in turn."""
     start = turn % len(arms)
     return arms[start:] + arms[:start]
 
@@ -160,10 +161,11 @@ def _shown(settings: Settings, times: Times) -> Iterator[Mapping[str, str]]:
         latency = times.get(("latency", arm, min(settings.sizes)))
         line = {"GB/s one way": arm}
         for size_bytes in settings.sizes:
-            line[_size(size_bytes)] = f"{statistics.median(times['one way', arm, size_bytes]) / 1e9:.2f}"
-        line[f"µs at {_size(min(settings.sizes))}"] = f"{1e6 * statistics.median(latency):.0f}" if latency else ""
+            line[shown_size(size_bytes)] = f"{statistics.median(times['one way', arm, size_bytes]) / 1e9:.2f}"
+        line[f"µs at {shown_size(min(settings.sizes))}"] = f"{1e6 * statistics.median(latency):.0f}" if latency else ""
         yield line
 
 
-def _size(size_bytes: int) -> str:
+def shown_size(size_bytes: int) -> str:
+    """Return a size for people."""
     return f"{size_bytes // MIB} MiB" if size_bytes >= MIB else f"{size_bytes // KIB} KiB"

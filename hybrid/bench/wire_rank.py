@@ -1,4 +1,4 @@
-"""One process of the p2p benchmark: holds an edge of each transport and a gloo group, and runs what it is told."""
+"""One process of the p2p and all-reduce benchmarks: holds an edge of each transport, a group over each, and gloo's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hybrid.bench.wire_messages import Copy, MeetAll, OpenNodes, PingPong, Stream
+from hybrid.bench.wire_messages import Copy, MeetAll, OpenNodes, PingPong, Reduce, Stream
+from hybrid.collectives import Group, open_group
 from hybrid.runtime.interpreter import host_bytes
 from hybrid.transports import open_node
 from hybrid.transports.base import Transport, TransportNode
@@ -42,6 +43,7 @@ class WireRank:
         self._rank, self._num_ranks, self._store, self._token = rank, num_ranks, store, token.encode()
         self._nodes: dict[str, TransportNode] = {}
         self._edges: dict[str, dict[int, Transport]] = {}
+        self._groups: dict[str, Group] = {}
         # Filled, not only allocated: the first touch of memory costs more than any transport.
         self._source = torch.full((largest_bytes,), 1 + rank, dtype=torch.uint8)
         self._targets = [torch.zeros(largest_bytes, dtype=torch.uint8) for _ in range(_AHEAD)]
@@ -60,7 +62,9 @@ class WireRank:
                 return self._ping_pong(arm, size_bytes, count)
             case Copy(size_bytes=size_bytes, count=count):
                 return self._copy(size_bytes, count)
-        raise TypeError(f"a rank of the p2p benchmark is asked for {message}")
+            case Reduce(arm=arm, size_bytes=size_bytes, count=count):
+                return self._reduce(arm, size_bytes, count)
+        raise TypeError(f"a rank of this benchmark is asked for {message}")
 
     def _meet(self, addresses: tuple[Mapping[str, str], ...]) -> None:
         for name, node in self._nodes.items():
@@ -69,6 +73,10 @@ class WireRank:
                 for peer in range(self._num_ranks)
                 if peer != self._rank
             }
+            ranks = range(self._num_ranks)
+            self._groups[name] = open_group(
+                self._edges[name], ranks, self._rank, name="bench", timeout_s=WAIT_S, link=name
+            )
         dist.init_process_group(
             "gloo",
             store=dist.FileStore(self._store, self._num_ranks),  # type: ignore[attr-defined]
@@ -121,6 +129,29 @@ class WireRank:
         for number in range(count):
             _MEMCPY(targets[number % _AHEAD], source, size_bytes)
         return time.monotonic() - start_s
+
+    def _reduce(self, arm: str, size_bytes: int, count: int) -> float:
+        x = self._tensor(arm, size_bytes)
+        x.fill_(self._rank + 1)
+        self._all_reduce(arm, x)
+        expected = self._num_ranks * (self._num_ranks + 1) / 2
+        assert bool((x == expected).all()), f"{arm} has reduced to {x[:4].tolist()}, not to {expected}"
+        x.zero_()  # sums of what was summed would soon be infinite
+        self._all_reduce(arm, x)
+        start_s = time.monotonic()
+        for _ in range(count):
+            self._all_reduce(arm, x)
+        return (time.monotonic() - start_s) / count
+
+    def _tensor(self, arm: str, size_bytes: int) -> Tensor:
+        del arm
+        return self._source[:size_bytes].view(torch.float32)
+
+    def _all_reduce(self, arm: str, x: Tensor) -> None:
+        if arm == "gloo":
+            dist.all_reduce(x)
+        else:
+            self._groups[arm].all_reduce(x).wait()
 
     def _send(self, arm: str, x: Tensor, tag: str) -> Any:
         """Start a send to the other rank; return what waits for its end."""
