@@ -33,7 +33,7 @@ MAX_MICROBATCHES = 4096
 """In one step; each is planned, simulated and walked one by one."""
 
 Precision = Literal["fp32", "bf16", "fp64"]
-ScheduleName = Literal["1f1b", "gpipe"]
+ScheduleName = Literal["1f1b", "gpipe", "zb-h1", "zb-h2", "interleaved", "zb-v", "auto"]
 
 
 class _Frozen(BaseModel):
@@ -279,8 +279,11 @@ class JobConfig(_Frozen):
     steps: Positive = 100
     precision: Precision = "fp32"
     schedule: ScheduleName = "1f1b"
+    """The last three put several stages on a rank, or may; see docs/schedules.md."""
     num_stages: Positive | None = None
-    """Default: one stage a chip."""
+    """Of all ranks together; default: what all chips hold."""
+    stages_per_rank: Positive | tuple[Positive, ...] | None = None
+    """One number for all, or one a rank; default: 2 for `interleaved` and `zb-v`, else 1."""
     fleet: FleetConfig | Literal["ray"]
     """`ray` discovers the devices of the cluster at `--address`."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -107,6 +107,7 @@ def _make_plan(job: JobConfig, fleet: Fleet) -> Plan:
         num_microbatches=job.batch.num_microbatches,
         precision=job.precision,
         num_stages=job.num_stages,
+        stages_per_rank=job.stages_per_rank,
         efficiency=job.emulation.efficiency,
         job=job.name,
     )

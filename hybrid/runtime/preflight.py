@@ -49,8 +49,6 @@ def check_plan(plan: Plan) -> None:
     for what, found in (
         ("several replicas", len(plan.replicas) > 1),
         ("several ranks a stage", any(len(stage.ranks) > 1 for stage in plan.stages)),
-        ("several stages a rank", plan.num_ranks < len(plan.stages)),
-        ("recompute", any(stage.recompute for stage in plan.stages)),
         ("a codec on an edge", any(edge.codec != "none" for replica in plan.replicas for edge in replica.edges)),
     ):
         if found:

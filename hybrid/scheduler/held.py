@@ -35,22 +35,49 @@ def peak_held_of_rank(
     Returns:
         one number a rank, in the unit of the arguments.
     """
-    kept = kept_after_input_gradient or held_by_forward
+    change = _change(held_by_forward, kept_after_input_gradient or held_by_forward)
+    return tuple(_peak(map(change, actions)) for actions in schedule.actions_of_rank)
+
+
+def held_of_stage_at_peak(
+    schedule: Schedule, *, held_by_forward: Callable[[int], float], kept_after_input_gradient: Callable[[int], float]
+) -> tuple[float, ...]:
+    """Return what each stage holds at the moment when its rank holds most (the first one of equals).
+
+    Args:
+        schedule, held_by_forward, kept_after_input_gradient: as for `peak_held_of_rank`.
+    """
+    change = _change(held_by_forward, kept_after_input_gradient)
+    found = [0.0] * schedule.num_stages
+    for rank, actions in enumerate(schedule.actions_of_rank):
+        own = [stage for stage, home in enumerate(schedule.rank_of_stage) if home == rank]
+        now, most = dict.fromkeys(own, 0.0), 0.0
+        for action in actions:
+            now[action.stage] += change(action)
+            if sum(now.values()) > most:
+                most = sum(now.values())
+                for stage in own:
+                    found[stage] = now[stage]
+    return tuple(found)
+
+
+def _change(held: Callable[[int], float], kept: Callable[[int], float]) -> Callable[[Action], float]:
+    """Return what an action adds to what its rank holds."""
 
     def change(action: Action) -> float:
         stage = action.stage
         match action.kind:
             case Kind.F:
-                return held_by_forward(stage)
+                return held(stage)
             case Kind.B:
-                return -held_by_forward(stage)
+                return -held(stage)
             case Kind.I:
-                return kept(stage) - held_by_forward(stage)
+                return kept(stage) - held(stage)
             case Kind.W:
                 return -kept(stage)
         return 0.0
 
-    return tuple(_peak(map(change, actions)) for actions in schedule.actions_of_rank)
+    return change
 
 
 def peak_in_flight_of_stage(schedule: Schedule) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ Pure: no torch, no clock, no network.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -70,6 +70,50 @@ def partition_min_max(
     # Sums of the same numbers in another order may differ in the last bit.
     slack = bottleneck * (1 + 1e-12)
     return _smallest_sum(np.where(cost <= slack, cost, np.inf))
+
+
+def even_out_ranks(
+    split: Sequence[range],
+    layer_seconds_of_stage: Sequence[Sequence[float]],
+    rank_of_stage: Sequence[int],
+    *,
+    fits: Callable[[int, range], bool],
+) -> tuple[range, ...]:
+    """Return the split with its cuts moved, a layer at a time, as long as that evens out the ranks' seconds.
+
+    A rank of several stages works on each in turn, so that an even split over stages, whole layers each, can be far
+    from even over ranks. Greedy: of all moves of one cut by one layer the best one is made (the slowest rank counts
+    first, then the next one), until none helps.
+
+    Args:
+        split: each stage's layers, in order.
+        fits: (stage, layers): whether they fit its memory.
+
+    Cost:
+        O(stages²) a move.
+    """
+    prefix = np.cumsum(np.pad(np.asarray(layer_seconds_of_stage, dtype=np.float64), ((0, 0), (1, 0))), axis=1)
+
+    def unevenness(bounds: list[int]) -> list[float]:
+        work = [0.0] * (max(rank_of_stage) + 1)
+        for stage, rank in enumerate(rank_of_stage):
+            work[rank] += float(prefix[stage, bounds[stage + 1]] - prefix[stage, bounds[stage]])
+        return sorted(work, reverse=True)
+
+    bounds = [split[0].start, *(run.stop for run in split)]
+    best = unevenness(bounds)
+    while True:
+        found = None
+        for cut in range(1, len(split)):
+            for step in (-1, 1):
+                moved = bounds.copy()
+                moved[cut] += step
+                before, after = range(moved[cut - 1], moved[cut]), range(moved[cut], moved[cut + 1])
+                if before and after and fits(cut - 1, before) and fits(cut, after) and unevenness(moved) < best:
+                    best, found = unevenness(moved), moved
+        if found is None:
+            return tuple(range(first, end) for first, end in pairwise(bounds))
+        bounds = found
 
 
 def stage_bytes(

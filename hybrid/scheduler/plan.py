@@ -6,7 +6,7 @@ A value that prints, saves, loads and diffs. Pure: no torch, no clock, no networ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from hybrid.errors import PlanError, ScheduleError
@@ -167,6 +167,11 @@ class ReplicaPlan:
             transfer_s=self.transfer_s,
             link_busy_s=self.link_busy_s,
         )
+
+    def predicted(self) -> ReplicaPlan:
+        """Return the replica with the step and the idle share that its simulation gives."""
+        timeline = self.simulate()
+        return replace(self, step_s=timeline.step_s, idle_share=timeline.idle_share)
 
     def rows(self) -> list[dict[str, object]]:
         """Return one row of plain data a stage, for tables and JSON."""

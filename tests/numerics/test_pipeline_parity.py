@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,26 @@ import pytest
 import torch
 
 from hybrid.backends import open_backend
+from hybrid.backends.base import Backend
 from hybrid.commands.job import fleet_of, plan_of
 from hybrid.config import JobConfig, parse_job
-from hybrid.models.stage import boundary_dtype, boundary_shape, build_stage, named_state, parameter_dtype
+from hybrid.hardware.fleet import Fleet
+from hybrid.models.stage import boundary_dtype, boundary_shape, build_stage, named_state
 from hybrid.models.tokens import TokenData, prepare_data
 from hybrid.observe.events import EvalEvent, Event, StepEvent
 from hybrid.runtime.capabilities import capabilities_of
-from hybrid.runtime.compute import StageCompute
+from hybrid.runtime.edges import open_edges
 from hybrid.runtime.exchange import add_tied_gradients
+from hybrid.runtime.held_stages import build_held_stages, parameters_of
 from hybrid.runtime.interpreter import Interpreter
 from hybrid.runtime.local import ThreadPlacement
+from hybrid.runtime.messages import ControlAddress
+from hybrid.runtime.placement import WorkerSpec
 from hybrid.runtime.reference import accumulate_gradients
 from hybrid.runtime.trainer import train, train_in_one_process
 from hybrid.runtime.worker_data import batch_of
 from hybrid.scheduler.lowering import lower_communication
+from hybrid.scheduler.plan import Plan
 from hybrid.transports import open_node
 
 TIMEOUT_S = 30.0
@@ -72,47 +79,41 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 def _pipeline_gradients(job: JobConfig, tokens: TokenData, medium: str) -> dict[str, torch.Tensor]:
     """Run one step's actions on a thread a rank; return every parameter's gradient."""
     _, fleet = fleet_of(job, None)
-    plan = plan_of(job, fleet).replica
-    schedule = lower_communication(plan.build_schedule())
-    nodes = [open_node(medium, rank, token=b"t") for rank in plan.ranks]
-    stages: dict[int, Any] = {}
+    plan = plan_of(job, fleet)
+    replica = plan.replica
+    schedule = lower_communication(replica.build_schedule())
+    nodes = [open_node(medium, rank, token=b"t") for rank in replica.ranks]
+    addresses = {str(rank): node.address for rank, node in enumerate(nodes)}
+    found: dict[str, torch.Tensor] = {}
     failures: list[BaseException] = []
 
     def run(rank: int) -> None:
         try:
             torch.set_num_threads(1)
-            edges = {}
-            last = plan.num_stages - 1
-            pairs = {(i, i + 1) for i in range(last)} | ({(0, last)} if last else set())
-            for pair in sorted(pairs):
-                if rank in pair:
-                    peer = pair[1 - pair.index(rank)]
-                    edges[peer] = nodes[rank].open(peer, nodes[peer].address, timeout_s=TIMEOUT_S)
-            mine = plan.stages[rank]
-            dtype = parameter_dtype(job.precision)
-            stage = build_stage(job.model, mine.first_layer, mine.end_layer, seed=job.seed, dtype=dtype)
-            island = fleet.island(mine.island)
-            backend = open_backend(mine.backend, capabilities_of(island.chip, None))
-            count = job.batch.num_microbatches
-            compute = StageCompute(stage, backend, precision=job.precision, num_microbatches=count)
+            own, _ = replica.place_of_rank(rank)
+            edges = open_edges(
+                replica, rank, nodes[rank], addresses, tied=job.model.tied_embeddings, timeout_s=TIMEOUT_S
+            )
+            held = build_held_stages(_spec(job, fleet, plan, rank), _backend(fleet, plan, rank))
             interpreter = Interpreter(
                 schedule,
-                rank,
-                {mine.stage: compute},
+                own,
+                {one.plan.stage: one.compute for one in held},
                 edges,
                 shape=boundary_shape(job.model, job.batch.microbatch),
                 dtype=boundary_dtype(job.precision),
-                seconds_of=plan.seconds_of,
+                seconds_of=replica.seconds_of,
                 timeout_s=TIMEOUT_S,
             )
-            interpreter.run(0, batch_of(job, plan, tokens, 0))
-            other_end = edges.get(last if rank == 0 else 0)
-            add_tied_gradients(job.model, named_state(stage), other_end, step=0, timeout_s=TIMEOUT_S)
-            stages[rank] = stage
+            interpreter.run(0, batch_of(job, replica, tokens, 0))
+            parameters, home = parameters_of(held), replica.rank_of_stage
+            other_end = edges.get(home[0] if home[-1] == own else home[-1])
+            add_tied_gradients(job.model, parameters, other_end, step=0, timeout_s=TIMEOUT_S)
+            found.update({name: parameter.grad.clone() for name, parameter in parameters.items()})
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in plan.ranks]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in replica.ranks]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -121,9 +122,40 @@ def _pipeline_gradients(job: JobConfig, tokens: TokenData, medium: str) -> dict[
         node.close()
     if failures:
         raise failures[0]
-    return {
-        name: parameter.grad.clone() for rank in sorted(stages) for name, parameter in named_state(stages[rank]).items()
-    }
+    return found
+
+
+def _backend(fleet: Fleet, plan: Plan, rank: int) -> Backend:
+    stage = plan.stages_of_rank(rank)[0]
+    return open_backend(stage.backend, capabilities_of(fleet.island(stage.island).chip, None))
+
+
+def _spec(job: JobConfig, fleet: Fleet, plan: Plan, rank: int) -> WorkerSpec:
+    return WorkerSpec(
+        rank=rank,
+        job=job,
+        plan=plan,
+        chip=fleet.island(plan.stages_of_rank(rank)[0].island).chip,
+        memory_bytes=2**40,
+        control=ControlAddress(endpoint="", server_key=b"", token=b""),
+        tokens_dir=Path(),
+        data_digest="",
+        run_dir=Path(),
+        resume=None,
+        host="",
+        owns_process=False,
+    )
+
+
+def _check_gradients(job: JobConfig, medium: str) -> None:
+    tokens = prepare_data(job.data, job.model)
+    whole = build_stage(job.model, 0, job.model.num_layers, seed=job.seed, dtype=torch.float64)
+    accumulate_gradients(whole, job, tokens, 0)
+    wanted = {name: parameter.grad for name, parameter in named_state(whole).items()}
+    found = _pipeline_gradients(job, tokens, medium)
+    assert found.keys() == wanted.keys()
+    different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
+    assert not different, f"gradients differ: {different}"
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -134,14 +166,69 @@ def test_gradients_are_the_bits_of_the_whole_model_in_fp64(
     num_stages: int, medium: str, schedule: str, tied: bool, tmp_path: Path
 ) -> None:
     job = _job(tmp_path, precision="fp64", num_stages=num_stages, schedule=schedule, model__tied_embeddings=tied)
-    tokens = prepare_data(job.data, job.model)
-    whole = build_stage(job.model, 0, job.model.num_layers, seed=job.seed, dtype=torch.float64)
-    accumulate_gradients(whole, job, tokens, 0)
-    wanted = {name: parameter.grad for name, parameter in named_state(whole).items()}
-    found = _pipeline_gradients(job, tokens, medium)
-    assert found.keys() == wanted.keys()
-    different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
-    assert not different, f"gradients differ: {different}"
+    _check_gradients(job, medium)
+
+
+SPLIT_OR_SEVERAL = {
+    "zb-h1 1": ("zb-h1", [1]),
+    "zb-h1 2": ("zb-h1", [1, 1]),
+    "zb-h1 3": ("zb-h1", [1, 1, 1]),
+    "zb-h1 4": ("zb-h1", [1, 1, 1, 1]),
+    "zb-h2 1": ("zb-h2", [1]),
+    "zb-h2 2": ("zb-h2", [1, 1]),
+    "zb-h2 3": ("zb-h2", [1, 1, 1]),
+    "zb-h2 4": ("zb-h2", [1, 1, 1, 1]),
+    "interleaved 1": ("interleaved", [3]),
+    "interleaved 2": ("interleaved", [2, 2]),
+    "interleaved 3": ("interleaved", [2, 2, 2]),
+    "interleaved 4": ("interleaved", [2, 2, 2, 2]),
+    "interleaved unequal 2": ("interleaved", [3, 1]),
+    "interleaved unequal 3": ("interleaved", [1, 3, 2]),
+    "zb-v 1": ("zb-v", [2]),
+    "zb-v 2": ("zb-v", [2, 2]),
+    "zb-v 3": ("zb-v", [2, 2, 2]),
+    "zb-v 4": ("zb-v", [2, 2, 2, 2]),
+    "auto 1": ("auto", [1]),
+    "auto 2": ("auto", [1, 1]),
+    "auto 3": ("auto", [1, 1, 1]),
+    "auto 4": ("auto", [1, 1, 1, 1]),
+    "auto of several 2": ("auto", [2, 2]),
+    "auto unequal 3": ("auto", [3, 1, 2]),
+}
+"""Name to schedule and stages of each rank, of a model of eight layers."""
+QUICK = {"zb-h1 3", "zb-h2 4", "interleaved 2", "interleaved unequal 3", "zb-v 3", "auto 3", "auto unequal 3"}
+
+
+def _cases() -> list[Any]:
+    """Return every case over every medium, with and without tied weights; all but a few marked slow."""
+    return [
+        pytest.param(
+            what,
+            medium,
+            tied,
+            id=f"{what}-{medium}-{'tied' if tied else 'untied'}".replace(" ", "_"),
+            marks=() if what in QUICK and medium == "inproc" and tied else pytest.mark.slow,
+        )
+        for what in SPLIT_OR_SEVERAL
+        for medium in MEDIA
+        for tied in (True, False)
+    ]
+
+
+@pytest.mark.parametrize(("what", "medium", "tied"), _cases())
+def test_split_backwards_and_several_stages_a_rank_have_the_bits_of_the_whole_model_in_fp64(
+    what: str, medium: str, tied: bool, tmp_path: Path
+) -> None:
+    schedule, counts = SPLIT_OR_SEVERAL[what]
+    job = _job(
+        tmp_path,
+        precision="fp64",
+        schedule=schedule,
+        stages_per_rank=counts,
+        model__num_blocks=6,
+        model__tied_embeddings=tied,
+    )
+    _check_gradients(job, medium)
 
 
 def test_a_tied_gradient_equals_one_shared_parameters_within_rounding(tmp_path: Path) -> None:
@@ -199,6 +286,33 @@ def test_twenty_steps_have_the_losses_of_the_reference_bit_for_bit(
     assert found == wanted
 
 
+@pytest.mark.parametrize("medium", ["inproc", pytest.param("zmq-tcp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("schedule", "counts"),
+    [
+        pytest.param("zb-h1", [1, 1, 1], marks=pytest.mark.slow),
+        pytest.param("zb-h2", [1, 1, 1, 1], marks=pytest.mark.slow),
+        ("interleaved", [3, 1, 2]),
+        ("zb-v", [2, 2, 2]),
+        pytest.param("auto", [2, 2], marks=pytest.mark.slow),
+        pytest.param("auto", [1, 1, 1, 1], marks=pytest.mark.slow),
+    ],
+)
+def test_twenty_steps_of_every_schedule_have_the_losses_of_the_reference_bit_for_bit(
+    schedule: str, counts: list[int], medium: str, tmp_path: Path
+) -> None:
+    transport, zmq_medium = MEDIA[medium]
+    job = _job(
+        tmp_path,
+        schedule=schedule,
+        stages_per_rank=counts,
+        model__num_blocks=6,
+        runtime__transport=transport,
+        runtime__zmq_medium=zmq_medium,
+    )
+    assert _columns(_events(job, reference=False)) == _columns(_events(job, reference=True))
+
+
 def test_twenty_bf16_steps_have_the_losses_of_the_reference_bit_for_bit(tmp_path: Path) -> None:
     job = _job(tmp_path, precision="bf16", num_stages=3, runtime__transport="inproc")
     assert _columns(_events(job, reference=False)) == _columns(_events(job, reference=True))
@@ -222,8 +336,40 @@ def test_tied_weights_stay_equal_on_the_first_and_the_last_stage(tmp_path: Path)
     assert torch.equal(embedding, head)
 
 
-@pytest.mark.parametrize("stages_after", [1, 2, 4])
-def test_a_run_resumed_on_another_split_goes_on_with_the_same_bits(stages_after: int, tmp_path: Path) -> None:
+def test_a_recomputed_stage_changes_no_bit_and_holds_less(tmp_path: Path) -> None:
+    job, fleet = fleet_of(_job(tmp_path, num_stages=3, schedule="gpipe", runtime__transport="inproc", steps=4), None)
+    plan = plan_of(job, fleet)
+    stages = tuple(replace(stage, recompute=True) for stage in plan.stages)
+    again = replace(plan, replicas=(replace(plan.replica, stages=stages),))
+    columns, peaks = [], []
+    for one in (plan, again):
+        events: list[Event] = []
+        summary = train(
+            job,
+            fleet,
+            one,
+            ThreadPlacement(threads_per_rank=1),
+            resume=None,
+            sink=events.append,
+            started_s=time.monotonic(),
+        )
+        columns.append(_columns(events))
+        peaks.append(summary.peak_bytes_of_rank)
+    assert columns[0] == columns[1]
+    assert all(less < more for less, more in zip(peaks[1], peaks[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        {"num_stages": 1},
+        {"num_stages": 4},
+        {"num_stages": None, "schedule": "zb-v", "stages_per_rank": (2, 2)},
+        {"num_stages": None, "schedule": "interleaved", "stages_per_rank": (1, 3)},
+    ],
+    ids=["1", "4", "zb-v", "interleaved"],
+)
+def test_a_run_resumed_on_another_split_goes_on_with_the_same_bits(after: dict[str, Any], tmp_path: Path) -> None:
     whole = _job(tmp_path, num_stages=3, runtime__transport="inproc", steps=12)
     wanted = _columns(_events(whole, reference=False))
     first = whole.model_copy(update={"checkpoint": whole.checkpoint.model_copy(update={"every_steps": 7})})
@@ -239,7 +385,7 @@ def test_a_run_resumed_on_another_split_goes_on_with_the_same_bits(stages_after:
         started_s=time.monotonic(),
     )
     run = max((tmp_path / "runs").iterdir(), key=lambda path: path.stat().st_mtime)
-    second = whole.model_copy(update={"num_stages": stages_after})
+    second = whole.model_copy(update=after)
     second, fleet = fleet_of(second, None)
     resumed: list[Event] = []
     train(

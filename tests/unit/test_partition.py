@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hybrid.errors import PlanError
-from hybrid.scheduler.partition import partition_min_max
+from hybrid.scheduler.partition import even_out_ranks, partition_min_max
 
 small = st.integers(0, 20).map(float)
 
@@ -100,3 +100,17 @@ def test_more_stages_than_layers_are_refused():
 def test_a_hundred_layers_on_sixty_four_stages_split_evenly():
     split = partition_min_max([[1.0] * 128] * 64)
     assert {len(run) for run in split} == {2}
+
+
+def test_ranks_of_several_stages_are_evened_out():
+    seconds = [[1.0] * 10] * 4
+    split = (range(4), range(4, 6), range(6, 9), range(9, 10))
+    found = even_out_ranks(split, seconds, (0, 1, 0, 1), fits=lambda stage, layers: True)
+    assert [len(found[0]) + len(found[2]), len(found[1]) + len(found[3])] == [5, 5]
+    assert [layer for run in found for layer in run] == list(range(10))
+
+
+def test_evening_out_keeps_within_memory():
+    split = (range(4), range(4, 6))
+    found = even_out_ranks(split, [[1.0] * 6] * 2, (0, 1), fits=lambda stage, layers: stage == 0 or len(layers) < 3)
+    assert found == split

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from hybrid.errors import PlanError, UnsupportedFormat
 from hybrid.scheduler.plan import EdgePlan, Plan, ReplicaPlan, StagePlan
+from hybrid.scheduler.plan_check import check_consistent
 from hybrid.scheduler.planner import plan
 from hybrid.scheduler.profile import LayerProfile, ModelProfile
-from hybrid.scheduler.schedules import SCHEDULES
+from hybrid.scheduler.schedules import SCHEDULE_NAMES
 
 GIB = 2**30
 
@@ -117,14 +118,48 @@ def test_the_predicted_step_is_the_simulated_one():
     assert found.idle_share == timeline.idle_share
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
 def test_every_schedule_can_be_planned(schedule):
-    found = plan_toy(schedule=schedule)
-    work_s = max(8 * (stage.forward_s + stage.backward_s) for stage in found.stages)
-    assert work_s < found.step_s < 2 * work_s
-    assert sum(span.end_s - span.start_s for span in found.replica.simulate().spans_of_rank[1]) == pytest.approx(
-        8 * (found.stages[1].forward_s + found.stages[1].backward_s)
-    )
+    found = check_consistent(plan_toy(model(14), schedule=schedule), where="plan")
+    work_s = [8 * sum(s.forward_s + s.backward_s for s in found.stages_of_rank(rank)) for rank in range(4)]
+    assert max(work_s) < found.step_s < 2 * max(work_s)
+    busy = [sum(span.end_s - span.start_s for span in spans) for spans in found.replica.simulate().spans_of_rank]
+    assert busy == pytest.approx(work_s)
+    assert bool(found.replica.order) == (schedule == "auto")
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zb-v", "auto"])
+def test_ranks_of_several_stages_get_layers_by_their_speed(schedule):
+    found = plan_toy(model(28), schedule=schedule, stages_per_rank=2)
+    layers = [sum(len(stage.layers) for stage in found.stages_of_rank(rank)) for rank in range(4)]
+    work_s = [sum(s.forward_s + s.backward_s for s in found.stages_of_rank(rank)) for rank in range(4)]
+    assert min(layers[2:]) > max(layers[:2])
+    assert max(work_s) < 1.4 * min(work_s)
+
+
+def test_the_stages_of_a_rank_share_its_memory():
+    loose = plan_toy(model(28), schedule="zb-v")
+    tight = max(sum(s.memory_bytes for s in loose.stages_of_rank(rank)) for rank in range(4))
+    islands = tuple(replace(island, memory_bytes=round(tight * 1.3)) for island in MIXED.islands)
+    found = check_consistent(plan_toy(model(28), fleet=Fleet(islands), schedule="zb-v"), where="plan")
+    assert found.replica.rank_of_stage == (0, 1, 2, 3, 3, 2, 1, 0)
+    with pytest.raises(PlanError, match="misses"):
+        plan_toy(model(28), fleet=Fleet(tuple(replace(i, memory_bytes=tight // 3) for i in islands)), schedule="zb-v")
+
+
+def test_auto_is_no_slower_than_a_named_schedule_and_keeps_within_memory():
+    named = plan_toy(schedule="1f1b")
+    limit = max(stage.memory_bytes for stage in named.stages)
+    fleet = Fleet(tuple(replace(island, memory_bytes=limit) for island in MIXED.islands))
+    found = check_consistent(plan_toy(fleet=fleet, schedule="auto"), where="plan")
+    assert found.step_s <= named.step_s
+    assert max(stage.memory_bytes for stage in found.stages) <= limit
+
+
+def test_stages_of_one_rank_have_a_free_edge_between_them():
+    edges = plan_toy(model(14), schedule="zb-v").replica.edges
+    assert [edge.transfer_s > 0 for edge in edges] == [True, True, True, False, True, True, True]
+    assert edges[3].size_bytes == 1_000_000
 
 
 def test_edges_take_the_link_of_their_islands():
