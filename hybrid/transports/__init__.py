@@ -15,6 +15,7 @@ __all__ = ["VARIANTS", "Buffer", "OpenNode", "Pending", "Transport", "TransportN
 
 VARIANTS: dict[str, str] = {
     "inproc": "hybrid.transports.inproc:open_inproc_node",
+    "shm": "hybrid.transports.shm:open_shm_node",
     "zmq-tcp": "hybrid.transports.zmq:open_tcp_node",
     "zmq-ipc": "hybrid.transports.zmq:open_ipc_node",
     "tcp": "hybrid.transports.tcp:open_tcp_node",

@@ -1,4 +1,4 @@
-"""Messages under way on an edge between processes: cut into parts, put together, matched with receives.
+"""Messages under way on an edge between processes: cut into parts, put together.
 
 Pure: no sockets, no locks, no clock. May import only `errors`, `wire` and `transports.base`.
 """
@@ -6,11 +6,10 @@ Pure: no sockets, no locks, no clock. May import only `errors`, `wire` and `tran
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TypeVar, final
+from typing import final
 
 from hybrid.errors import CommError
 from hybrid.transports.base import MESSAGE_OVERHEAD_BYTES, sizes_of
@@ -148,51 +147,3 @@ class Arriving:
         """Return the buffer that byte `offset` of the message falls in, and where in it."""
         index = bisect_right(self._ends, offset)
         return index, offset - (self._ends[index] - self.header.sizes[index])
-
-
-@final
-class Matcher:
-    """Which message goes to which receive: of one tag, first come to first posted."""
-
-    def __init__(self) -> None:
-        self._posted: dict[str, deque[Posted]] = {}
-        self._arrived: dict[str, deque[Arriving]] = {}
-
-    def arrive(self, message: Arriving) -> Posted | None:
-        """Return the receive that waits for this message, or None and keep the message."""
-        return _take_or_keep(self._posted, self._arrived, message.header.tag, message)
-
-    def post(self, receive: Posted) -> Arriving | None:
-        """Return the message that waits for this receive, or None and keep the receive."""
-        return _take_or_keep(self._arrived, self._posted, receive.tag, receive)
-
-    def forget_posted(self) -> tuple[Posted, ...]:
-        """Return the receives that no message has come for, and forget them."""
-        posted = tuple(receive for queue in self._posted.values() for receive in queue)
-        self._posted.clear()
-        return posted
-
-    def forget(self, message: Arriving) -> None:
-        """Forget a message that will never be whole."""
-        queue = self._arrived.get(message.header.tag, deque())
-        if message in queue:
-            queue.remove(message)
-
-    def forget_arrived(self) -> None:
-        """Forget every message that waits for a receive."""
-        self._arrived.clear()
-
-
-T = TypeVar("T")
-K = TypeVar("K")
-
-
-def _take_or_keep(waiting: dict[str, deque[T]], keeping: dict[str, deque[K]], tag: str, item: K) -> T | None:
-    queue = waiting.get(tag)
-    if not queue:
-        keeping.setdefault(tag, deque()).append(item)
-        return None
-    taken = queue.popleft()
-    if not queue:
-        del waiting[tag]
-    return taken

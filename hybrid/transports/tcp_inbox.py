@@ -11,7 +11,8 @@ from typing import final
 
 from hybrid.errors import CommError, ProtocolError
 from hybrid.transports.base import MESSAGE_OVERHEAD_BYTES, misfit, sizes_of
-from hybrid.transports.message import Arriving, Matcher, Posted
+from hybrid.transports.matching import Matcher
+from hybrid.transports.message import Arriving, Posted
 from hybrid.wire import MessageHeader
 
 _NOWHERE = memoryview(b"")
@@ -37,7 +38,7 @@ class Inbox:
     def __init__(self, *, peer: int, window_bytes: int, limit_bytes: int, frame_bytes: int) -> None:
         self._peer, self._frame_bytes = peer, frame_bytes
         self._quantum_bytes, self._limit_bytes = window_bytes // 4, limit_bytes
-        self._matcher = Matcher()
+        self._matcher: Matcher[Arriving, Posted] = Matcher()
         self._arriving: dict[int, Arriving] = {}
         self._seen: dict[int, set[int]] = {}
         self._coming: dict[int, _Coming] = {}

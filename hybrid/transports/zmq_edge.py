@@ -28,7 +28,8 @@ from hybrid.transports.base import (
     misfit,
     sizes_of,
 )
-from hybrid.transports.message import Arriving, Matcher, Posted, parts_of
+from hybrid.transports.matching import Matcher
+from hybrid.transports.message import Arriving, Posted, parts_of
 from hybrid.transports.zmq_engine import Engine
 from hybrid.transports.zmq_pending import NOW, NOW_AND_MORE, TRACKER_SLICE_S, ZmqReceiving, ZmqSending
 from hybrid.transports.zmq_socket import Monitor, Socket, ZmqOptions, fd_of
@@ -64,7 +65,7 @@ class ZmqTransport(Transport):
         self._outbox: deque[ZmqSending] = deque()
         self._next_out = self._credit_bytes = 0
         # Receiving. `_held_bytes` waits for receives, `_owed_bytes` is taken but not yet credited.
-        self._matcher = Matcher()
+        self._matcher: Matcher[Arriving, Posted] = Matcher()
         self._arriving: Arriving | None = None
         self._next_in = self._held_bytes = self._owed_bytes = 0
         self.fds: tuple[int, ...] = (fd_of(socket), self._monitor.fd)

@@ -1,8 +1,8 @@
 """The waits of a node: whoever waits moves every socket of the node on. No thread of its own.
 
-libzmq's own thread carries the bytes; the engine only decides when Python looks at which socket. One lock guards
-all sockets of a node (a ZeroMQ socket is not thread-safe), and no thread blocks while it holds the lock.
-Knows nothing of messages. May import only the standard library.
+libzmq's own thread, or the kernel, or shared memory carries the bytes; the engine only decides when Python looks at
+which socket. One lock guards all sockets of a node (a ZeroMQ socket is not thread-safe), and no thread blocks while
+it holds the lock. Knows nothing of messages. May import only the standard library.
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ class Moving(Protocol):
 
         Called under the lock; never blocks.
         """
+
+
+class Resting(Moving, Protocol):
+    """Something whose news may come without a signal, as long as nobody has said that he sleeps."""
+
+    def rest(self) -> bool:
+        """Ask the peer for a signal from now on; return whether there is news already. Called under the lock."""
 
 
 @final
@@ -59,10 +66,16 @@ class _Waiter:
 
 @final
 class Engine:
-    """The lock of a node and the waits under it."""
+    """The lock of a node and the waits under it.
 
-    def __init__(self) -> None:
+    Args:
+        spin_s: how long a wait looks again and again before it blocks: waking up costs more than a short look.
+    """
+
+    def __init__(self, *, spin_s: float = 0.0) -> None:
         self.lock = threading.Lock()
+        self._spin_s = spin_s
+        self._resting: list[Resting] = []
         self._moving: dict[int, Moving] = {}
         self._members: list[Moving] = []
         self._version = 0
@@ -75,10 +88,16 @@ class Engine:
         self._members.append(member)
         self._watch_anew()
 
+    def add_resting(self, member: Resting) -> None:
+        """Move `member` on from now, and let it rest before a wait blocks; call under the lock."""
+        self._resting.append(member)
+        self.add(member)
+
     def remove(self, member: Moving) -> None:
         """Forget `member`; call under the lock, before its sockets close."""
         if member in self._members:
             self._members.remove(member)
+            self._resting = [resting for resting in self._resting if resting is not member]
             self._watch_anew()
 
     def moved(self) -> None:
@@ -92,7 +111,8 @@ class Engine:
 
     def wait_until(self, met: Callable[[], bool], timeout_s: float) -> bool:
         """Move the node on until `met`, which is asked under the lock; return whether it was met in time."""
-        deadline_s = time.monotonic() + timeout_s
+        began_s = time.monotonic()
+        deadline_s, spin_until_s = began_s + timeout_s, began_s + min(self._spin_s, timeout_s)
         waiter: _Waiter | None = None
         ready: list[int] = []
         try:
@@ -105,11 +125,14 @@ class Engine:
                         self._ring(waiter)
                     if met() or self._closed:
                         return met()
-                    if waiter is None:
-                        waiter = self._spare.pop() if self._spare else _Waiter()
-                        self._blocked.append(waiter)
-                    if waiter.version != self._version:
-                        waiter.watch(self._version, tuple(self._moving))
+                    spins = time.monotonic() < spin_until_s
+                    if not spins:
+                        waiter = self._enlist(waiter)
+                        spins = self._news_before_rest()
+                if spins or waiter is None:
+                    ready = []
+                    os.sched_yield()
+                    continue
                 remaining_s = deadline_s - time.monotonic()
                 ready = waiter.block(remaining_s)
                 if remaining_s <= 0 and not ready:
@@ -126,6 +149,7 @@ class Engine:
         with self.lock:
             self._closed = True
             self._members.clear()
+            self._resting.clear()
             self._watch_anew()
             for waiter in self._spare:
                 waiter.close()
@@ -136,6 +160,20 @@ class Engine:
         for member in tuple(self._members):
             moved = member.move(enough) or moved
         return moved
+
+    def _enlist(self, waiter: _Waiter | None) -> _Waiter:
+        """Return who blocks, with the sockets of now in its poll set."""
+        if waiter is None:
+            waiter = self._spare.pop() if self._spare else _Waiter()
+            self._blocked.append(waiter)
+        if waiter.version != self._version:
+            waiter.watch(self._version, tuple(self._moving))
+        return waiter
+
+    def _news_before_rest(self) -> bool:
+        # All of them, also behind the first that has news: each asks its own peer for a signal.
+        news = [member.rest() for member in self._resting]
+        return any(news)
 
     def _ring(self, myself: _Waiter | None) -> None:
         for waiter in self._blocked:

@@ -9,6 +9,7 @@ from hybrid.transports import VARIANTS, open_node
 
 KIT_OF_VARIANT = {
     "inproc": TransportKit(partial(open_node, "inproc"), processes=False),
+    "shm": TransportKit(partial(open_node, "shm")),
     "zmq-tcp": TransportKit(partial(open_node, "zmq-tcp")),
     "zmq-ipc": TransportKit(partial(open_node, "zmq-ipc")),
     "tcp": TransportKit(partial(open_node, "tcp")),

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid.transports.base import MESSAGE_OVERHEAD_BYTES
-from hybrid.transports.message import Arriving, Matcher, Part, Posted, parts_of
+from hybrid.transports.matching import Matcher
+from hybrid.transports.message import Arriving, Part, Posted, parts_of
 from hybrid.wire import Chunk, MessageHeader, decode_header
 
 
@@ -84,7 +85,7 @@ def test_a_message_that_does_not_fit_leaves_the_buffers_alone() -> None:
 
 
 def test_messages_meet_receives_of_their_tag_first_to_first() -> None:
-    matcher = Matcher()
+    matcher: Matcher[Arriving, Posted] = Matcher()
     first, second, other = (Arriving(MessageHeader(n, tag, (), 1)) for n, tag in enumerate("aab"))
     early, late = Posted("a", ()), Posted("a", ())
     assert matcher.post(early) is None

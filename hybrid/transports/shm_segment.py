@@ -1,0 +1,281 @@
+"""The shared memory of one edge: a nameless file that lives as long as a process has it mapped.
+
+`memfd_create` makes it, a Unix socket carries its descriptor to the peer: there is no name that a killed process
+could leave behind, and the kernel frees the memory with the last of the two. Sealed, so that nobody can shorten it
+under the other's feet. Each direction has an arena for the bytes, a ring of notes (what lies where) from sender to
+receiver, and a ring of returns (what may be used again) back; a counter in shared memory says how many were written.
+
+Order: a counter is written after what it counts. x86-64 shows stores in order; `fence` is for where a load must
+not pass a store, and on other processors for every counter. May import only `errors` and this folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import platform
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import final
+
+import numpy as np
+
+from hybrid.errors import MachineError, ProtocolError
+from hybrid.transports.base import MESSAGE_OVERHEAD_BYTES
+from hybrid.transports.shm_arena import aligned
+
+_PIECE_BYTES = 1 << 20
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if hasattr(fcntl, "F_SEAL_SEAL") else 0
+_PAGE_BYTES = mmap.PAGESIZE
+_LINE_WORDS = 16
+"""Counters of different writers lie two cache lines apart: neighbours are fetched in pairs."""
+_NOTE_WORDS = 4
+_SMALL_BYTES = 32 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything lies in a segment; a pure function of the window, so both ends compute the same."""
+
+    window_bytes: int
+
+    @property
+    def piece_bytes(self) -> int:
+        """A longer message is shown to the receiver in pieces of this: it copies out while the sender copies in."""
+        return min(_PIECE_BYTES, aligned(self.window_bytes // 8))
+
+    @property
+    def limit_bytes(self) -> int:
+        """What may be in the ring at once: the window, and an eighth for buffers rounded up to cache lines."""
+        return self.window_bytes + self.window_bytes // 8
+
+    @property
+    def num_notes(self) -> int:
+        """More extents than this are never taken at once."""
+        return self.limit_bytes // MESSAGE_OVERHEAD_BYTES + 1024
+
+    @property
+    def arena_bytes(self) -> int:
+        """More than the limit, for gaps."""
+        return _pages(self.window_bytes + self.window_bytes // 4 + (64 << 10))
+
+    @property
+    def control_bytes(self) -> int:
+        """Counters, notes and returns of one direction."""
+        return _pages(8 * (4 * _LINE_WORDS + self.num_notes * (_NOTE_WORDS + 1)))
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the whole segment."""
+        return 2 * (self.control_bytes + self.arena_bytes)
+
+
+def _pages(size_bytes: int) -> int:
+    return (size_bytes + _PAGE_BYTES - 1) // _PAGE_BYTES * _PAGE_BYTES
+
+
+def create_segment(layout: Layout) -> int:
+    """Return the descriptor of a new segment.
+
+    Raises:
+        MachineError: no memfd on this system, or no memory.
+    """
+    try:
+        fd = os.memfd_create("hybrid-shm", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except (AttributeError, OSError) as error:
+        raise MachineError(f"no shared memory here: {error}", fix="use a Linux kernel, or the zmq transport") from None
+    try:
+        os.ftruncate(fd, layout.size_bytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError as error:
+        os.close(fd)
+        raise MachineError(f"no shared memory of {layout.size_bytes} bytes: {error.strerror}") from None
+    return fd
+
+
+def check_segment(fd: int, layout: Layout) -> None:
+    """Go on only if the peer's segment is one that `create_segment` made.
+
+    Raises:
+        ProtocolError: of another size, or one that can be shortened.
+    """
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        seals = 0
+    if seals & _SEALS != _SEALS or os.fstat(fd).st_size != layout.size_bytes:
+        raise ProtocolError("the peer's shared memory is not of this protocol", valid=f"{layout.size_bytes} bytes")
+
+
+@final
+class Segment:
+    """This process's view of an edge's memory. Not safe for threads: its edge's lock guards it."""
+
+    def __init__(self, fd: int, layout: Layout, *, low: bool) -> None:
+        self._map = mmap.mmap(fd, layout.size_bytes)
+        view = memoryview(self._map)
+        control, arena = layout.control_bytes, layout.arena_bytes
+        words = [view[start : start + control].cast("Q") for start in (0, control)]
+        bytes_of = [view[2 * control + start : 2 * control + start + arena] for start in (0, arena)]
+        mine, theirs = (0, 1) if low else (1, 0)
+        self.out = Lane(words[mine], bytes_of[mine], layout.num_notes)
+        self.into = Lane(words[theirs], bytes_of[theirs], layout.num_notes)
+        view.release()
+
+    def close(self) -> None:
+        """Let go of the memory; what a lent view still shows stays until that view is gone."""
+        self.out.close()
+        self.into.close()
+        try:
+            self._map.close()
+        except BufferError:
+            del self._map
+
+
+@final
+class Lane:
+    """One direction. The sender calls `note`, `returned`; the receiver `noted`, `give_back`.
+
+    Words: [0] notes written, [16] returns written, [32] whether the sender sleeps, [48] whether the receiver does.
+    """
+
+    def __init__(self, words: memoryview[int], data: memoryview, num_notes: int) -> None:
+        self.data = data
+        self._words, self._num_notes = words, num_notes
+        self._notes_at = 4 * _LINE_WORDS
+        self._returns_at = self._notes_at + num_notes * _NOTE_WORDS
+        self._written = self._read = 0
+        self._publish_fence = fence if platform.machine() not in ("x86_64", "AMD64") else _no_fence
+
+    def note(self, offset: int, size_bytes: int, record_bytes: int) -> None:
+        """Show the receiver `size_bytes` at `offset`, that begin with a record or go on with a payload (0)."""
+        words, at = self._words, self._notes_at + self._written % self._num_notes * _NOTE_WORDS
+        words[at], words[at + 1], words[at + 2] = offset, size_bytes, record_bytes
+        self._written += 1
+        self._publish_fence()
+        words[0] = self._written
+
+    def noted(self) -> tuple[int, int, int] | None:
+        """Return the next note, or None.
+
+        Raises:
+            ProtocolError: the peer's counter or note is none that an honest peer writes.
+        """
+        words = self._words
+        ahead = words[0] - self._read
+        if ahead == 0:
+            return None
+        self._publish_fence()
+        at = self._notes_at + self._read % self._num_notes * _NOTE_WORDS
+        offset, size_bytes, record_bytes = words[at], words[at + 1], words[at + 2]
+        if not 0 < ahead <= self._num_notes or offset + size_bytes > self.data.nbytes or record_bytes > size_bytes:
+            raise ProtocolError("the peer's note points outside its ring", value=(ahead, offset, size_bytes))
+        self._read += 1
+        return offset, size_bytes, record_bytes
+
+    def give_back(self, offset: int) -> None:
+        """Let the sender use the extent at `offset` again."""
+        words = self._words
+        words[self._returns_at + self._written % self._num_notes] = offset
+        self._written += 1
+        self._publish_fence()
+        words[_LINE_WORDS] = self._written
+
+    def returned(self) -> int | None:
+        """Return the next extent that the receiver gave back, or None.
+
+        Raises:
+            ProtocolError: the peer's counter is none that an honest peer writes.
+        """
+        words = self._words
+        ahead = words[_LINE_WORDS] - self._read
+        if ahead == 0:
+            return None
+        self._publish_fence()
+        if not 0 < ahead <= self._num_notes:
+            raise ProtocolError("the peer gave back more than it was given", value=ahead)
+        offset: int = words[self._returns_at + self._read % self._num_notes]
+        self._read += 1
+        return offset
+
+    def has_note(self) -> bool:
+        """Return whether the sender has shown something that is not yet taken."""
+        return self._words[0] != self._read
+
+    def has_return(self) -> bool:
+        """Return whether the receiver has given something back that is not yet taken."""
+        return self._words[_LINE_WORDS] != self._read
+
+    def sender_sleeps(self, asleep: bool) -> None:
+        """Say whether the sender is to be woken when something is given back."""
+        self._words[2 * _LINE_WORDS] = int(asleep)
+
+    def receiver_sleeps(self, asleep: bool) -> None:
+        """Say whether the receiver is to be woken when something is shown."""
+        self._words[3 * _LINE_WORDS] = int(asleep)
+
+    def must_wake_sender(self) -> bool:
+        """Return whether the sender sleeps, and take it for awake from now on. Call `fence` first."""
+        asleep = self._words[2 * _LINE_WORDS]
+        if asleep:
+            self._words[2 * _LINE_WORDS] = 0
+        return bool(asleep)
+
+    def must_wake_receiver(self) -> bool:
+        """Return whether the receiver sleeps, and take it for awake from now on. Call `fence` first."""
+        asleep = self._words[3 * _LINE_WORDS]
+        if asleep:
+            self._words[3 * _LINE_WORDS] = 0
+        return bool(asleep)
+
+    def close(self) -> None:
+        """Let go of the views."""
+        self._words.release()
+        # Lent parts of it may live on; this one is only dropped.
+        self.data = memoryview(b"")
+
+
+def copy_bytes(target: memoryview, source: memoryview) -> None:
+    """Copy equally many bytes; long ones without holding up this process's other threads."""
+    if source.nbytes < _SMALL_BYTES:
+        target[:] = source
+    else:
+        np.copyto(np.frombuffer(target, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
+
+
+_LOCK = threading.Lock()
+
+
+def _no_fence() -> None:
+    """Nothing: stores are seen in the order in which they are made."""
+
+
+def fence() -> None:
+    """Let no load after it pass a store before it.
+
+    Taking a lock is a locked instruction, which x86-64 does not move a load across; elsewhere a real fence is called.
+    """
+    _fence()()
+
+
+@cache
+def _fence() -> Callable[[], object]:
+    if platform.machine() in ("x86_64", "AMD64"):
+
+        def locked() -> None:
+            with _LOCK:
+                pass
+
+        return locked
+    try:
+        thread_fence = ctypes.CDLL("libatomic.so.1").atomic_thread_fence
+    except (OSError, AttributeError):
+        raise MachineError(
+            f"no memory fence for {platform.machine()}", fix="install libatomic (libatomic1), or use the zmq transport"
+        ) from None
+    return lambda: thread_fence(5)
