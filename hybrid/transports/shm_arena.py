@@ -1,8 +1,9 @@
 """Which bytes of a ring are taken: the sender's book of its half of a shared segment.
 
 Bytes are taken one behind the other, round and round, and given back in any order: a message that waits for its
-receive does not hold up the bytes behind it. Walking on, instead of using warm bytes again, is what is fast: bytes
-that the other core has just read cost a write four times as much as bytes that it has forgotten.
+receive does not hold up the bytes behind it. Walking on, instead of using warm bytes again, is what is fast for long
+messages: bytes that the other core has just read cost a write four times as much as bytes that it has forgotten. Short
+messages have a corner of their own to walk round in, so that they do not touch memory that was never used.
 Pure: no memory, no clock. May import only the standard library.
 """
 
@@ -14,6 +15,8 @@ from typing import final
 
 ALIGN_BYTES = 64
 """Everything starts at a multiple of this: a cache line, and what any tensor asks for."""
+_SHORT_PER_NEAR = 8
+"""What is no longer than this part of the corner is short."""
 
 
 def aligned(size_bytes: int) -> int:
@@ -23,44 +26,34 @@ def aligned(size_bytes: int) -> int:
 
 @final
 class Arena:
-    """The free gaps of a ring in the order of their offsets, and the size of every extent taken.
+    """A ring of `size_bytes`, of which the first `near_bytes` are for short messages.
 
     Cost:
         A bisection and one move of a list entry an operation; there are as many gaps as messages wait out of turn.
     """
 
-    def __init__(self, size_bytes: int) -> None:
-        assert size_bytes % ALIGN_BYTES == 0, "an arena is whole cache lines"
-        self.size_bytes = size_bytes
-        self._starts, self._ends = [0], [size_bytes]
-        self._next = 0
-        self._size_of_extent: dict[int, int] = {}
+    def __init__(self, size_bytes: int, *, near_bytes: int = 0) -> None:
+        assert size_bytes % ALIGN_BYTES == near_bytes % ALIGN_BYTES == 0, "an arena is whole cache lines"
+        self.size_bytes, self._near_bytes = size_bytes, near_bytes
+        self._near, self._far = _Walk(0, near_bytes), _Walk(near_bytes, size_bytes)
 
     @property
     def num_extents(self) -> int:
         """How many extents are taken."""
-        return len(self._size_of_extent)
+        return len(self._near.size_of_extent) + len(self._far.size_of_extent)
 
     def take(self, size_bytes: int) -> int | None:
         """Return the offset of `size_bytes` in one piece, or None where no gap holds them."""
-        for index, start in self._gaps():
-            if self._ends[index] - start >= size_bytes:
-                return self._carve(index, start, size_bytes)
-        return None
+        offset = self._near.take(size_bytes) if size_bytes * _SHORT_PER_NEAR <= self._near_bytes else None
+        return self._far.take(size_bytes) if offset is None else offset
 
     def take_up_to(self, size_bytes: int) -> tuple[int, int] | None:
         """Return offset and size of the next gap, or of its first `size_bytes`; None where nothing is free."""
-        for index, start in self._gaps():
-            taken = min(size_bytes, self._ends[index] - start)
-            return self._carve(index, start, taken), taken
-        return None
+        return self._far.take_up_to(size_bytes) or self._near.take_up_to(size_bytes)
 
     def cut(self, offset: int, size_bytes: int) -> None:
         """Part a taken extent in two, the first of them of `size_bytes`; each is given back by itself."""
-        whole = self._size_of_extent[offset]
-        if size_bytes < whole:
-            self._size_of_extent[offset] = size_bytes
-            self._size_of_extent[offset + size_bytes] = whole - size_bytes
+        self._walk_of(offset).cut(offset, size_bytes)
 
     def give_back(self, offset: int) -> int:
         """Free the extent at `offset` and return its size.
@@ -68,7 +61,41 @@ class Arena:
         Raises:
             KeyError: no extent that is taken starts there.
         """
-        start, end = offset, offset + self._size_of_extent.pop(offset)
+        return self._walk_of(offset).give_back(offset)
+
+    def _walk_of(self, offset: int) -> _Walk:
+        return self._near if offset < self._near_bytes else self._far
+
+
+@final
+class _Walk:
+    """The free gaps of a ring in the order of their offsets, and the size of every extent taken."""
+
+    def __init__(self, start: int, end: int) -> None:
+        self._starts, self._ends = ([start], [end]) if start < end else ([], [])
+        self._next = start
+        self.size_of_extent: dict[int, int] = {}
+
+    def take(self, size_bytes: int) -> int | None:
+        for index, start in self._gaps():
+            if self._ends[index] - start >= size_bytes:
+                return self._carve(index, start, size_bytes)
+        return None
+
+    def take_up_to(self, size_bytes: int) -> tuple[int, int] | None:
+        for index, start in self._gaps():
+            taken = min(size_bytes, self._ends[index] - start)
+            return self._carve(index, start, taken), taken
+        return None
+
+    def cut(self, offset: int, size_bytes: int) -> None:
+        whole = self.size_of_extent[offset]
+        if size_bytes < whole:
+            self.size_of_extent[offset] = size_bytes
+            self.size_of_extent[offset + size_bytes] = whole - size_bytes
+
+    def give_back(self, offset: int) -> int:
+        start, end = offset, offset + self.size_of_extent.pop(offset)
         size_bytes = end - start
         index = bisect_right(self._starts, start)
         if index < len(self._starts) and self._starts[index] == end:
@@ -95,6 +122,6 @@ class Arena:
         right = [(end, gap_end)] if end < gap_end else []
         self._starts[index : index + 1] = [piece[0] for piece in (*left, *right)]
         self._ends[index : index + 1] = [piece[1] for piece in (*left, *right)]
-        self._size_of_extent[start] = size_bytes
+        self.size_of_extent[start] = size_bytes
         self._next = end
         return start

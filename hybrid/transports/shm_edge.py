@@ -52,7 +52,7 @@ class ShmTransport(Transport, Lender):
         self._closed = False
         self._gone: CommError | None = None
         # Sending.
-        self._arena = Arena(layout.arena_bytes)
+        self._arena = Arena(layout.arena_bytes, near_bytes=layout.near_bytes)
         self._outbox: deque[Outgoing] = deque()
         self._weight_of_extent: dict[int, int] = {}
         self._next_out = self._ahead_bytes = 0

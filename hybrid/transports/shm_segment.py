@@ -28,7 +28,7 @@ from hybrid.errors import MachineError, ProtocolError
 from hybrid.transports.base import MESSAGE_OVERHEAD_BYTES
 from hybrid.transports.shm_arena import aligned
 
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES, _NEAR_BYTES = 1 << 20, 256 << 10
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if hasattr(fcntl, "F_SEAL_SEAL") else 0
 _PAGE_BYTES = mmap.PAGESIZE
@@ -60,9 +60,14 @@ class Layout:
         return self.limit_bytes // MESSAGE_OVERHEAD_BYTES + 1024
 
     @property
+    def near_bytes(self) -> int:
+        """The arena's corner for short messages."""
+        return min(_NEAR_BYTES, aligned(self.window_bytes // 8))
+
+    @property
     def arena_bytes(self) -> int:
         """More than the limit, for gaps."""
-        return _pages(self.window_bytes + self.window_bytes // 4 + (64 << 10))
+        return _pages(self.window_bytes + self.window_bytes // 4 + (64 << 10) + self.near_bytes)
 
     @property
     def control_bytes(self) -> int:

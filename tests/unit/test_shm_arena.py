@@ -72,3 +72,13 @@ def test_random_extents_never_overlap_and_all_bytes_come_back() -> None:
         arena.give_back(offset)
     assert arena.num_extents == 0
     assert arena.take(64 * 1024) is not None
+
+
+def test_short_extents_walk_round_a_corner_of_their_own_and_use_the_rest_only_when_it_is_full() -> None:
+    arena = Arena(8192, near_bytes=1024)
+    assert [arena.take(128) for _ in range(8)] == list(range(0, 1024, 128))
+    assert arena.take(128) == 1024
+    assert arena.take(256) == 1152
+    arena.give_back(512)
+    assert arena.take(128) == 512
+    assert arena.num_extents == 10
