@@ -1,62 +1,79 @@
-"""Groups over transports do what their contract says."""
+"""Every group keeps every clause of the contract. A new variant is one id here."""
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import pytest
 import torch
 
-from hybrid.collectives import Group, ReduceOp, open_edges, open_group
-from hybrid.transports import open_node
+from hybrid.collectives.algorithms import ALGORITHMS
+from hybrid.collectives.choose import Choice, Row
+from hybrid.testing.group_kit import CLAUSES, GroupKit
+from hybrid.testing.group_rig import DTYPES, OpenWorld, open_transport_world
+from hybrid.transports import VARIANTS
+
+WORLD_OF_VARIANT: dict[str, OpenWorld] = {
+    variant: partial(open_transport_world, variant, link=variant) for variant in VARIANTS
+}
+QUICK = ("inproc", "zmq-ipc")
+FEW = (torch.float32, torch.bfloat16, torch.int32, torch.bool)
+"""Formats that stand for all in the quick run: each has another way of being reduced."""
 
 
-def at_once(calls: list[Callable[[], None]]) -> None:
-    errors: list[Exception] = []
-
-    def run(call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(call,), daemon=True) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive()
-    if errors:
-        raise errors[0]
+@pytest.mark.parametrize("clause", CLAUSES)
+@pytest.mark.parametrize("variant", QUICK)
+def test_the_variant_keeps_the_clause(variant: str, clause: str) -> None:
+    sizes = (1, 2, 3) if variant == "inproc" else (2,)
+    GroupKit(WORLD_OF_VARIANT[variant], sizes=sizes, dtypes=FEW, counts=(0, 1, 1001)).check(clause)
 
 
-@contextmanager
-def open_world(variant: str, size: int) -> Iterator[list[Group]]:
-    with ExitStack() as stack:
-        nodes = [open_node(variant, rank) for rank in range(size)]
-        for node in nodes:
-            stack.callback(node.close)
-        addresses = {node.rank: node.address for node in nodes}
-        groups: list[Group | None] = [None] * size
-
-        def join(rank: int) -> None:
-            edges = open_edges(nodes[rank], addresses, timeout_s=10)
-            groups[rank] = open_group(edges, range(size), rank, name="world", timeout_s=10)
-
-        at_once([lambda rank=rank: join(rank) for rank in range(size)])
-        opened = [group for group in groups if group is not None]
-        for group in opened:
-            stack.callback(group.close)
-        yield opened
+def _table(operation: str, algorithm: str, segment_bytes: int) -> tuple[Row, ...]:
+    choices = {each: next(iter(algorithms)) for each, algorithms in ALGORITHMS.items()} | {operation: algorithm}
+    return tuple(
+        Row(operation=each, choice=Choice(algorithm=name, segment_bytes=segment_bytes))
+        for each, name in choices.items()
+    )
 
 
-@pytest.mark.parametrize("variant", ["inproc", "zmq-ipc"])
-@pytest.mark.parametrize("size", [2, 3])
-def test_every_member_gets_the_same_sum(variant: str, size: int) -> None:
-    with open_world(variant, size) as groups:
-        for num_elements in (0, 1, 1001, 300_001):
-            xs = [torch.randn(num_elements, generator=torch.Generator().manual_seed(rank)) for rank in range(size)]
-            wanted = torch.stack(xs).double().sum(0).float()
-            at_once([lambda g=g, x=x: g.all_reduce(x, ReduceOp.SUM).wait() for g, x in zip(groups, xs, strict=True)])
-            torch.testing.assert_close(xs[0], wanted)
-            assert all(torch.equal(x, xs[0]) for x in xs)
+CHOSEN = [
+    (operation, name) for operation, algorithms in ALGORITHMS.items() for name in algorithms if len(algorithms) > 1
+]
+
+CLAUSES_OF_OPERATION = {
+    "all_reduce": ("same bits", "numerics", "reductions"),
+    "reduce_scatter": ("reductions", "uneven"),
+    "reduce": ("reductions",),
+    "all_gather": ("moves", "uneven"),
+    "broadcast": ("moves",),
+}
+"""What the quick run checks of an algorithm."""
+
+
+@pytest.mark.parametrize(("operation", "algorithm"), CHOSEN)
+def test_each_algorithm_keeps_the_clauses_of_results(operation: str, algorithm: str) -> None:
+    world = partial(open_transport_world, "inproc", table=_table(operation, algorithm, 256))
+    kit = GroupKit(world, sizes=(3,), dtypes=(torch.float32, torch.bfloat16), counts=(1001,))
+    for clause in CLAUSES_OF_OPERATION[operation]:
+        kit.check(clause)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clause", CLAUSES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_variant_keeps_the_clause_at_every_size_and_format(variant: str, clause: str) -> None:
+    sizes = (1, 2, 3, 4, 5)
+    GroupKit(WORLD_OF_VARIANT[variant], sizes=sizes, counts=(0, 1, 1001, 300_001), patience_s=30.0).check(clause)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("segment_bytes", [64, 1 << 20])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("operation", "algorithm"), CHOSEN)
+def test_each_algorithm_gives_the_reference_over_each_transport(
+    operation: str, algorithm: str, variant: str, segment_bytes: int
+) -> None:
+    world = partial(open_transport_world, variant, table=_table(operation, algorithm, segment_bytes))
+    counts = (0, 1, 1001) if segment_bytes == 64 else (0, 1, 300_001)
+    kit = GroupKit(world, sizes=(2, 3, 4, 5), dtypes=DTYPES, counts=counts, patience_s=30.0)
+    for clause in ("same bits", "numerics", "reductions", "moves", "uneven", "large"):
+        if clause != "large" or segment_bytes > 64:
+            kit.check(clause)
