@@ -55,14 +55,45 @@ def doctor(json: Json = False) -> None:
 def plan(
     job: Job,
     address: Address = None,
+    objective: Annotated[
+        str | None, typer.Option("--objective", help="throughput, usd_per_token, joules_per_token or deadline.")
+    ] = None,
+    min_tokens_per_s: Annotated[float | None, typer.Option("--min-tokens-per-s", help="Refuse slower plans.")] = None,
+    max_usd_per_hour: Annotated[float | None, typer.Option("--max-usd-per-hour", help="Refuse dearer plans.")] = None,
+    max_watts: Annotated[float | None, typer.Option("--max-watts", help="Refuse plans of more rated power.")] = None,
+    deadline: Annotated[
+        float | None, typer.Option("--deadline", help="Seconds in which all of the job's steps must be done.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="Each layer's seconds (JSON), of `hybrid profile` or imported.")
+    ] = None,
+    links: Annotated[Path | None, typer.Option("--links", help="Every link (JSON); docs/formats.md.")] = None,
+    pools: Annotated[Path | None, typer.Option("--pools", help="Chips (JSON) instead of the job's fleet.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Why this plan, and what would change it.")] = False,
     json: Json = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the plan (YAML) for `hybrid train --plan`.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Write the plan: YAML for `hybrid train --plan`; FILE.json: groups of replicas."),
+    ] = None,
     override: Override = None,
 ) -> None:
     """Print where each layer goes and the simulated step; take no device."""
-    from hybrid.commands.plan import run_plan
+    from hybrid.commands.plan import PlanWords, run_plan
+    from hybrid.commands.problem import Brought
 
-    run_plan(job, address=address, as_json=json, out=out, overrides=override or [])
+    words = PlanWords(
+        overrides=override or [],
+        objective=objective,
+        limits={
+            "min_tokens_per_s": min_tokens_per_s,
+            "max_usd_per_hour": max_usd_per_hour,
+            "max_watts": max_watts,
+            "deadline_s": deadline,
+        },
+        brought=Brought(profile=profile, links=links, pools=pools),
+        explain=explain,
+    )
+    run_plan(job, words, address=address, as_json=json, out=out)
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """JobConfig: the one job file, parsed and checked once, at the edge.
 
-Frozen pydantic models that refuse unknown keys. The only file that reads `os.environ` and the only
-one that imports pydantic. What can be checked from the job alone is checked here; what needs the catalog, the
-corpus or the cluster is checked by those. May import only `errors`, `complaints` and `marked_yaml`.
+Frozen pydantic models that refuse unknown keys. The only file that reads `os.environ`. What can be checked from
+the job alone is checked here; what needs the catalog, the corpus or the cluster is checked by those. May import only
+`errors`, `complaints`, `marked_yaml`, `config_base` and `config_planner`.
 """
 
 from __future__ import annotations
@@ -13,22 +13,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hybrid.complaints import Key, Place, complaint_of
+from hybrid.config_base import Count, Frozen, Positive, Real, Share
+from hybrid.config_planner import PlannerConfig
 
-
-def _no_flag(value: object) -> object:
-    # YAML's `yes` would pass for the number 1.
-    if isinstance(value, bool):
-        raise ValueError("not a number; valid: a number")
-    return value
-
-
-Count = Annotated[int, Field(strict=True)]
-Positive = Annotated[int, Field(gt=0, strict=True)]
-Real = Annotated[float, BeforeValidator(_no_flag)]
-Share = Annotated[Real, Field(ge=0.0, lt=1.0)]
 MAX_MICROBATCHES = 4096
 """In one step; each is planned, simulated and walked one by one."""
 
@@ -36,11 +26,7 @@ Precision = Literal["fp32", "bf16", "fp64"]
 ScheduleName = Literal["1f1b", "gpipe", "zb-h1", "zb-h2", "interleaved", "zb-v", "auto"]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class ModelConfig(_Frozen):
+class ModelConfig(Frozen):
     """A Llama-style decoder: embedding, `num_blocks` blocks, final norm and head."""
 
     num_blocks: Annotated[Count, Field(gt=0, le=1024)] = 8
@@ -91,7 +77,7 @@ class ModelConfig(_Frozen):
         return f"{below} or {above}" if below else str(above)
 
 
-class DataConfig(_Frozen):
+class DataConfig(Frozen):
     """Where the text comes from."""
 
     source: Literal["python-stdlib", "text"] = "python-stdlib"
@@ -110,7 +96,7 @@ class DataConfig(_Frozen):
         return self
 
 
-class OptimizerConfig(_Frozen):
+class OptimizerConfig(Frozen):
     """AdamW with warm-up and cosine decay, clipped by the global gradient norm."""
 
     name: Literal["adamw"] = "adamw"
@@ -124,7 +110,7 @@ class OptimizerConfig(_Frozen):
     clip_norm: Annotated[Real, Field(gt=0)] | None = 1.0
 
 
-class BatchConfig(_Frozen):
+class BatchConfig(Frozen):
     """Samples in one optimizer step, and in one microbatch."""
 
     global_batch: Annotated[Count, Field(gt=0, le=1_000_000)] = 32
@@ -151,7 +137,7 @@ class BatchConfig(_Frozen):
         return self
 
 
-class IslandConfig(_Frozen):
+class IslandConfig(Frozen):
     """Devices that share a scale-up fabric."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
@@ -168,7 +154,7 @@ class IslandConfig(_Frozen):
     """Multiplies the catalog's speed, for a slower or faster specimen."""
 
 
-class LinkConfig(_Frozen):
+class LinkConfig(Frozen):
     """The link between two islands, or inside one (`between: [a, a]`)."""
 
     between: tuple[str, str]
@@ -176,7 +162,7 @@ class LinkConfig(_Frozen):
     latency_s: Annotated[Real, Field(ge=0)] = 0.0
 
 
-class FleetConfig(_Frozen):
+class FleetConfig(Frozen):
     """The devices of the job."""
 
     islands: Annotated[tuple[IslandConfig, ...], Field(min_length=1)]
@@ -197,7 +183,7 @@ class FleetConfig(_Frozen):
         return self
 
 
-class CheckpointConfig(_Frozen):
+class CheckpointConfig(Frozen):
     """When the state is written, and how many are kept."""
 
     every_steps: Positive | None = None
@@ -205,7 +191,7 @@ class CheckpointConfig(_Frozen):
     at_end: bool = True
 
 
-class EvaluateConfig(_Frozen):
+class EvaluateConfig(Frozen):
     """Held-out loss, over the same samples each time."""
 
     every_steps: Positive | None = None
@@ -213,7 +199,7 @@ class EvaluateConfig(_Frozen):
     at_end: bool = True
 
 
-class RuntimeConfig(_Frozen):
+class RuntimeConfig(Frozen):
     """How the job runs, not what it computes."""
 
     placement: Literal["ray", "threads"] = "ray"
@@ -245,7 +231,7 @@ class RuntimeConfig(_Frozen):
         return self
 
 
-class NumericsConfig(_Frozen):
+class NumericsConfig(Frozen):
     """How the chips of one island multiply matrices; accumulation is fp32."""
 
     matmul: Literal["fp32", "tf32", "bf16", "fp8"]
@@ -254,7 +240,7 @@ class NumericsConfig(_Frozen):
     """`stochastic` is seeded by the job's seed."""
 
 
-class EmulationConfig(_Frozen):
+class EmulationConfig(Frozen):
     """How emulated chips keep their pace, and their numbers."""
 
     time_scale: Annotated[Real, Field(gt=0)] | Literal["auto"] = "auto"
@@ -263,11 +249,11 @@ class EmulationConfig(_Frozen):
     """False computes as fast as this machine can."""
     efficiency: Annotated[Real, Field(gt=0, le=1)] = 0.4
     """Share of the catalog's peak that the cost table assumes."""
-    numerics: dict[str, NumericsConfig] = {}
+    numerics: dict[str, NumericsConfig] = {}  # noqa: RUF012 - a pydantic default is copied
     """By an island's name: how its linear layers compute; an island that is not named computes in `precision`."""
 
 
-class JobConfig(_Frozen):
+class JobConfig(Frozen):
     """One training job."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = "job"
@@ -290,6 +276,8 @@ class JobConfig(_Frozen):
     evaluate: EvaluateConfig = EvaluateConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     emulation: EmulationConfig = EmulationConfig()
+    planner: PlannerConfig | None = None
+    """How a plan is chosen; without it, one stage a chip on `schedule`."""
     runs_dir: Path = Path("runs")
 
     @field_validator("fleet", mode="before")

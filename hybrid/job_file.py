@@ -51,4 +51,8 @@ def _anchored(job: JobConfig, base: Path) -> JobConfig:
     if isinstance(job.fleet, FleetConfig) and job.fleet.catalog is not None and not job.fleet.catalog.is_absolute():
         fleet = job.fleet.model_copy(update={"catalog": base / job.fleet.catalog})
         job = job.model_copy(update={"fleet": fleet})
+    if job.planner is not None:
+        named = {"profile": job.planner.profile, "links": job.planner.links}
+        moved = {key: base / path for key, path in named.items() if path is not None and not path.is_absolute()}
+        job = job.model_copy(update={"planner": job.planner.model_copy(update=moved)}) if moved else job
     return job

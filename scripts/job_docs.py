@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from types import UnionType
@@ -19,8 +20,8 @@ HEAD = """# The job file
 One YAML file; unknown keys are refused with the valid ones. Only `fleet` must be given. `hybrid train JOB --set
 KEY=VALUE` overrides a key for one run. This page is made from the code by `scripts/job_docs.py`.
 
-Relative paths in the file (`data.path`, `fleet.catalog`) are taken from the file's folder; `runs_dir` from where you
-stand.
+Relative paths in the file (`data.path`, `fleet.catalog`, `planner.profile`, `planner.links`) are taken from the file's
+folder; `runs_dir` from where you stand.
 """
 
 
@@ -59,7 +60,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 def _section(name: str, cls: type[BaseModel]) -> str:
     title = f"## `{name}`" if name else "## The job"
-    doc = (cls.__doc__ or "").strip()
+    doc = inspect.cleandoc(cls.__doc__ or "")
     rows = "".join(
         f"| `{key}` | {_type(field.annotation, field.metadata)} | {_default(field)} | {_cell(field.description)} |\n"
         for key, field in cls.model_fields.items()
@@ -117,7 +118,7 @@ def _default(field: Any) -> str:
         return "**needed**"
     if isinstance(field.default, BaseModel):
         return "see below"
-    value = field.default
+    value = list(field.default) if isinstance(field.default, tuple) and field.default else field.default
     return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
 
 

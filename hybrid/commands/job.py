@@ -55,6 +55,8 @@ def _lay(raw: dict[str, Any], keys: tuple[str, ...], override: str, value: objec
     """Set the value of a key in nested mappings."""
     where = raw
     for depth, key in enumerate(keys[:-1]):
+        if key == "planner" and where is raw and raw.get(key) is None:
+            raw[key] = {}  # a job without the section gets it by an override
         inner = where.get(key)
         if not isinstance(inner, dict):
             mappings = [name for name, held in where.items() if isinstance(held, dict)]
@@ -93,7 +95,10 @@ def plan_of(job: JobConfig, fleet: Fleet, plan_file: Path | None = None) -> Plan
         PlanError: nothing fits, or the file's plan is of another job.
         ConfigError, UnsupportedFormat: `emulation.numerics` does not fit the plan's chips.
     """
-    plan = _make_plan(job, fleet) if plan_file is None else _read_plan(plan_file, job, fleet)
+    if plan_file is not None:
+        plan = _read_plan(plan_file, job, fleet)
+    else:
+        plan = _make_plan(job, fleet) if job.planner is None else searched_plan(job, fleet)
     check_numerics(job, fleet, plan)
     return plan
 
@@ -111,6 +116,23 @@ def _make_plan(job: JobConfig, fleet: Fleet) -> Plan:
         efficiency=job.emulation.efficiency,
         job=job.name,
     )
+
+
+def searched_plan(job: JobConfig, fleet: Fleet) -> Plan:
+    """Return the best plan that the search finds for the job's `planner` section.
+
+    Raises:
+        PlanError: nothing fits, no plan keeps to the limits, or the profile is of another model.
+    """
+    from hybrid.commands.problem import misfit_of, problem_of
+    from hybrid.scheduler.search.emit import places_of_fleet, plan_of_choice
+    from hybrid.scheduler.search.search import search
+
+    problem = problem_of(job, fleet)
+    misfit = misfit_of(job, problem.table)
+    if misfit is not None:
+        raise PlanError(misfit, where="planner.profile", fix="bring a profile of the job's model, or leave it out")
+    return plan_of_choice(problem, search(problem).choice, places_of_fleet(fleet), job=job.name)
 
 
 def _read_plan(path: Path, job: JobConfig, fleet: Fleet) -> Plan:
@@ -140,7 +162,7 @@ def _check_job(plan: Plan, job: JobConfig, where: str) -> None:
         ("precision", plan.precision, job.precision),
         ("global_batch", plan.global_batch, job.batch.global_batch),
     ]
-    for replica in plan.replicas:
+    for replica in plan.replicas if job.planner is None else ():
         facts += [
             ("schedule", replica.schedule, job.schedule),
             ("microbatch", replica.microbatch, job.batch.microbatch),

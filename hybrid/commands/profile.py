@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hybrid.commands.figures import num_bytes, seconds
 from hybrid.commands.job import fleet_of, read_job
-from hybrid.commands.plan import num_bytes, seconds
 from hybrid.config import JobConfig
 from hybrid.errors import MachineError
 from hybrid.hardware.fleet import Fleet, Island

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hybrid.commands.plan import num_bytes, seconds
+from hybrid.commands.figures import num_bytes, seconds
 from hybrid.errors import DataError, MachineError, PlanError, UserError
 from hybrid.hardware.catalog import Catalog, load_catalog
 from hybrid.observe.trace import trace_of_step

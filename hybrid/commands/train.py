@@ -10,8 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from hybrid.commands.figures import seconds
 from hybrid.commands.job import fleet_of, plan_of, read_job
-from hybrid.commands.plan import print_plan, seconds
+from hybrid.commands.plan import print_plan
 from hybrid.config import JobConfig
 from hybrid.errors import ConfigError
 from hybrid.hardware.fleet import Fleet

@@ -1,6 +1,7 @@
 """The search's seconds and bytes: links, reductions, paces, tables."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,20 +10,23 @@ from hybrid.bench.planner_oracle import random_problem
 from hybrid.errors import FleetError, PlanError
 from hybrid.scheduler.actions import Kind
 from hybrid.scheduler.schedules import one_f_one_b
+from hybrid.scheduler.search.islands import merged
 from hybrid.scheduler.search.links import LinkModel, Network, reduce_seconds
 from hybrid.scheduler.search.members import split_members
 from hybrid.scheduler.search.options import OptionTable
 from hybrid.scheduler.search.pace import Pipelines, exact_step_seconds, step_seconds
-from hybrid.scheduler.search.problem import Pool, merge_pools
+from hybrid.scheduler.search.problem import Pool
 from hybrid.scheduler.simulate import simulate
 
 
 def lines(depth, seed, *, count=3):
     draw = np.random.default_rng(seed)
     edge = draw.uniform(0.0, 0.3, (count, depth - 1))
+    backward_s = draw.uniform(0.5, 4.0, (count, depth))
     return Pipelines(
         forward_s=draw.uniform(0.5, 2.0, (count, depth)),
-        backward_s=draw.uniform(0.5, 4.0, (count, depth)),
+        backward_s=backward_s,
+        weight_s=backward_s * draw.uniform(0.2, 0.6, (count, depth)),
         activation_s=edge,
         gradient_s=edge * 1.5,
         busy_s=edge * 0.9,
@@ -88,12 +92,30 @@ def test_a_link_stands_for_both_directions_and_for_more_lanes():
     assert network.find(("a",), ("a",), 1, 1) is None
 
 
+def alike(network, *sites):
+    pools = [
+        Pool(name=name, chip="kind0", num_chips=count, node_size=2, memory_bytes=8, site=site)
+        for name, count, site in zip("abc", (4, 6, 1), sites, strict=True)
+    ]
+    problem = replace(random_problem(0, memory_binds=False), network=network).with_pools(pools)
+    return [(pool.name, pool.num_chips) for pool in merged(problem).pools]
+
+
 def test_identical_pools_are_one_and_others_are_not():
-    pool = Pool(name="a", chip="x", num_chips=4, node_size=2, memory_bytes=8)
-    twin = Pool(name="b", chip="x", num_chips=6, node_size=2, memory_bytes=8)
-    far = Pool(name="c", chip="x", num_chips=1, node_size=2, memory_bytes=8, site="far")
-    merged = merge_pools((pool, twin, far))
-    assert [(p.name, p.num_chips) for p in merged] == [("a", 10), ("c", 1)]
+    by_chip = Network(links={("kind0", 1, "kind0", 1): LinkModel(bytes_per_s=1e9)})
+    assert alike(by_chip, "near", "near", "far") == [("a", 10), ("c", 1)]
+
+
+def test_pools_are_one_only_if_their_links_are_alike():
+    fast, slow = LinkModel(bytes_per_s=1e10), LinkModel(bytes_per_s=1e9)
+    inside = {(name, 1, name, 1): fast for name in "abc"}
+    between = {("a", 1, "b", 1): fast, ("a", 1, "c", 1): slow, ("b", 1, "c", 1): slow}
+    assert alike(Network(links=inside | between), "x", "x", "x") == [("a", 10), ("c", 1)]
+    assert alike(Network(links=inside | between | {("a", 1, "b", 1): slow}), "x", "x", "x") == [
+        ("a", 4),
+        ("b", 6),
+        ("c", 1),
+    ]
 
 
 @pytest.mark.parametrize("pools", [1, 2, 3])

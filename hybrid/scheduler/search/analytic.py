@@ -6,6 +6,7 @@ Pure. FLOPs and bytes against the catalog's peaks at a stated efficiency; every 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hybrid.errors import PlanError
@@ -84,23 +85,53 @@ def pools_of_fleet(fleet: Fleet, catalog: Catalog | None = None) -> tuple[Pool, 
     return tuple(
         Pool(
             name=island.name,
-            chip=island.chip.name,
+            chip=kind_of(island),
             num_chips=island.num_chips,
             node_size=island.chips_per_system,
             memory_bytes=island.memory_bytes,
             site=island.site,
-            usd_per_hour=_usd_per_hour(island, catalog),
-            watts=island.chip.power_w or 0.0,
+            usd_per_hour=_usd_per_hour(island, catalog) / island.ranks_per_chip,
+            watts=(island.chip.power_w or 0.0) / island.ranks_per_chip,
         )
         for island in fleet.islands
     )
 
 
 def _usd_per_hour(island: Island, catalog: Catalog | None) -> float:
-    system = None if catalog is None or island.system is None else catalog.systems.get(island.system)
-    if system is None or system.usd_per_hour is None:
+    """Return a chip's price: its system's, or the lowest of any system with such chips; 0 where none is known."""
+    if catalog is None:
         return 0.0
-    return system.usd_per_hour / system.num_chips
+    offers = {
+        name: system.usd_per_hour / system.num_chips
+        for name, system in catalog.systems.items()
+        if system.chip == island.chip.name and system.usd_per_hour is not None
+    }
+    own = offers.get(island.system or "")
+    return own if own is not None else min(offers.values(), default=0.0)
+
+
+def kind_of(island: Island) -> str:
+    """Return what a profile calls the island's chips: the chip, with its speed where that is not the catalog's."""
+    return island.chip.name if island.speed == 1.0 else f"{island.chip.name} x{island.speed:g}"
+
+
+def with_speeds(table: ProfileTable, islands: Iterable[Island]) -> ProfileTable:
+    """Return the table with cells for slower and faster specimens: the chip's seconds over its speed."""
+    cells = dict(table.cells)
+    for island in islands:
+        for (chip, degree, size), cell in table.cells.items():
+            if chip == island.chip.name and (kind_of(island), degree, size) not in cells:
+                cells[kind_of(island), degree, size] = _scaled(cell, 1.0 / island.speed)
+    return replace(table, cells=cells)
+
+
+def _scaled(cell: Cell, factor: float) -> Cell:
+    return Cell(
+        forward_s=tuple(x * factor for x in cell.forward_s),
+        input_gradient_s=tuple(x * factor for x in cell.input_gradient_s),
+        weight_gradient_s=tuple(x * factor for x in cell.weight_gradient_s),
+        update_s=cell.update_s * factor,
+    )
 
 
 def network_of_fleet(fleet: Fleet) -> Network:

@@ -10,10 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from hybrid.scheduler.actions import Schedule
+from hybrid.scheduler.schedules import build_placed_schedule, parse_order
 from hybrid.scheduler.search.columns import Column
 from hybrid.scheduler.search.problem import Problem
 
 SECONDS_PER_HOUR = 3600.0
+_EVENTS, _TRIES = 64, 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -24,6 +27,27 @@ class Group:
     num_replicas: int
     num_microbatches: int
     """Of each."""
+    order: tuple[str, ...] = ()
+    """Of each pipeline rank its actions as text, where they were searched for (`auto`)."""
+    order_s: float = 0.0
+    """Seconds of forwards, backwards and messages in that order."""
+
+    @property
+    def schedule_name(self) -> str:
+        """The schedule that its replicas run."""
+        return "auto" if self.order else self.column.schedule
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of one replica's step with its optimizer, without the reduction."""
+        return self.order_s + self.column.update_s if self.order else self.column.exact_step_s(self.num_microbatches)
+
+    def build_schedule(self) -> Schedule:
+        """Return one replica's compute actions."""
+        home = self.column.rank_of_stage
+        if self.order:
+            return parse_order(self.order, "auto", home, self.num_microbatches)
+        return build_placed_schedule(self.column.schedule, home, self.num_microbatches)
 
     @property
     def num_samples(self) -> int:
@@ -33,7 +57,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Choice:
-    """Groups that together take at least the global batch."""
+    """Groups that together take the global batch; a little more only where no microbatches add up to it."""
 
     problem: Problem
     groups: tuple[Group, ...]
@@ -44,6 +68,11 @@ class Choice:
         return sum(group.num_replicas for group in self.groups)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether the replicas' samples add up to the global batch, so that it can be run as it is."""
+        return sum(group.num_samples for group in self.groups) == self.problem.global_batch
+
+    @property
     def reduce_s(self) -> float:
         """The reduction after the slowest replica's last backward: nothing overlaps it."""
         return max(group.column.reduce_s(self.num_replicas) for group in self.groups)
@@ -51,7 +80,7 @@ class Choice:
     @cached_property
     def step_s(self) -> float:
         """Seconds of a step: the slowest replica, its optimizer, and the reduction."""
-        return max(group.column.exact_step_s(group.num_microbatches) for group in self.groups) + self.reduce_s
+        return max(group.step_s for group in self.groups) + self.reduce_s
 
     @property
     def chips(self) -> tuple[int, ...]:
@@ -164,20 +193,56 @@ def share_out(problem: Problem, replicas: Iterable[tuple[Column, int]]) -> Choic
     while high - low > 1e-6 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if taken(middle) >= problem.global_batch else (middle, high)
-    shares = [(column, count, most(column, high)) for column, count in counted]
-    return _trimmed(problem, shares)
+    choice = None
+    for _ in range(_EVENTS):
+        shares = [(column, count, most(column, high)) for column, count in counted]
+        choice = _trimmed(problem, shares)
+        if choice.is_exact:
+            break
+        # No microbatches of these sizes add up to the batch yet: until the next one is done.
+        high = min(step_s(column, m + 1) for column, _, m in shares)
+        if not math.isfinite(high):
+            return None
+    return choice
 
 
 def _trimmed(problem: Problem, shares: list[tuple[Column, int, int]]) -> Choice:
-    """Return the choice without the microbatches that nobody needs: a group gives up one where all of it can."""
+    """Return the choice without the microbatches that nobody needs; the slowest replicas give theirs up first."""
     surplus = sum(count * m * column.samples for column, count, m in shares) - problem.global_batch
+    ordered = sorted(shares, key=lambda share: -share[0].step_s(max(share[2], 1)))
+    sizes = [column.samples for column, _, _ in ordered]
+    most = [count * m for _, count, m in ordered]
     groups = []
-    for column, count, m in sorted(shares, key=lambda share: -share[0].step_s(max(share[2], 1))):
-        spare = min(m, surplus // (count * column.samples)) if surplus > 0 else 0
-        surplus -= spare * count * column.samples
-        fewer = min(count, surplus // column.samples) if m - spare > 0 else 0
-        surplus -= fewer * column.samples
-        for n, share in ((count - fewer, m - spare), (fewer, m - spare - 1)):
+    for (column, count, m), less in zip(ordered, _given_up(surplus, sizes, most), strict=True):
+        rounds, fewer = divmod(less, count)
+        for n, share in ((count - fewer, m - rounds), (fewer, m - rounds - 1)):
             if n > 0 and share > 0:
                 groups.append(Group(column=column, num_replicas=n, num_microbatches=share))
     return Choice(problem=problem, groups=tuple(groups))
+
+
+def _given_up(surplus: int, sizes: list[int], most: list[int]) -> list[int]:
+    """Return how many microbatches of each size to leave out: as close to the surplus as it goes, the first ones first.
+
+    Cost:
+        a walk with at most `_TRIES` steps; sizes that divide one another need none back.
+    """
+    best: tuple[int, list[int]] = (surplus, [0] * len(sizes))
+    left = _TRIES
+
+    def walk(index: int, rest: int, taken: list[int]) -> bool:
+        nonlocal best, left
+        left -= 1
+        if rest < best[0]:
+            best = rest, taken + [0] * (len(sizes) - len(taken))
+        if rest == 0 or left <= 0:
+            return True
+        if index == len(sizes):
+            return False
+        top = min(most[index], rest // sizes[index])
+        # Where no sum of what is left hits it, the closest from above will do.
+        least = max(0, top - 63) if rest % math.gcd(*sizes[index:]) == 0 else top
+        return any(walk(index + 1, rest - n * sizes[index], [*taken, n]) for n in range(top, least - 1, -1))
+
+    walk(0, max(surplus, 0), [])
+    return best[1]

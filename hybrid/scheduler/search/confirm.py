@@ -1,16 +1,16 @@
-"""Confirm: simulate the groups of a choice action by action, and try other schedules on them.
+"""Confirm: simulate the groups of a choice action by action, by the simulator that runs plans.
 
-Pure. The search counts on 1F1B; what it found is executed on paper by `hybrid.scheduler.simulate`.
+Pure. The search counts many pipelines at once; what it found is executed on paper by `hybrid.scheduler.simulate`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from hybrid.scheduler.actions import Action, Kind, Schedule
-from hybrid.scheduler.held import peak_in_flight_of_stage
-from hybrid.scheduler.schedules import build_schedule
+from hybrid.scheduler.actions import Action, Kind
 from hybrid.scheduler.search.choice import Choice, Group
+from hybrid.scheduler.search.columns import Column
 from hybrid.scheduler.simulate import simulate
 
 
@@ -23,38 +23,43 @@ class Confirmed:
 
 
 def confirm(choice: Choice) -> Confirmed:
-    """Return the step with each group on the fastest schedule of the vocabulary that fits; never worse than 1F1B.
+    """Return the simulated step, optimizer and reduction included.
 
     Cost:
-        O(actions) a group and schedule; identical replicas once.
+        O(actions) a group; identical replicas once.
     """
-    names, slowest = [], 0.0
-    for group in choice.groups:
-        timed = [
-            (seconds, name != "1f1b", name)
-            for name in {"1f1b", *choice.problem.vocabulary.schedules}
-            if (seconds := group_step_s(group, name)) is not None
-        ]
-        seconds, _, name = min(timed)
-        names.append(name)
-        slowest = max(slowest, seconds + group.column.update_s)
-    return Confirmed(step_s=slowest + choice.reduce_s, schedule_of_group=tuple(names))
+    slowest = max(group_step_s(group) + group.column.update_s for group in choice.groups)
+    return Confirmed(
+        step_s=slowest + choice.reduce_s, schedule_of_group=tuple(group.schedule_name for group in choice.groups)
+    )
 
 
-def group_step_s(group: Group, schedule_name: str) -> float | None:
-    """Return the simulated seconds of one replica's forwards and backwards, or None where memory does not suffice."""
-    column = group.column
-    schedule = build_schedule(schedule_name, len(column.chosen), group.num_microbatches)
-    if schedule_name != "1f1b" and not _fits(group, schedule):
-        return None
+def group_step_s(group: Group) -> float:
+    """Return the simulated seconds of one replica's forwards and backwards."""
+    seconds_of, transfer_s, link_busy_s = costs_of(group.column)
+    return simulate(
+        group.build_schedule(), seconds_of=seconds_of, transfer_s=transfer_s, link_busy_s=link_busy_s
+    ).step_s
+
+
+_Seconds = Callable[[Action], float]
+
+
+def costs_of(column: Column) -> tuple[_Seconds, _Seconds, _Seconds]:
+    """Return what `simulate` asks for: seconds of an action, of a message, and of the link that it keeps busy."""
     lines = column.pipelines()
-    forward_s, backward_s = lines.forward_s[0], lines.backward_s[0]
+    forward_s, backward_s, weight_s = lines.forward_s[0], lines.backward_s[0], lines.weight_s[0]
     activation_s, gradient_s, busy_s = lines.activation_s[0], lines.gradient_s[0], lines.busy_s[0]
 
     def seconds_of(action: Action) -> float:
-        if action.kind is Kind.F:
-            return float(forward_s[action.stage])
-        return float(backward_s[action.stage]) / (1 if action.kind is Kind.B else 2)
+        match action.kind:
+            case Kind.F:
+                return float(forward_s[action.stage])
+            case Kind.I:
+                return float(backward_s[action.stage] - weight_s[action.stage])
+            case Kind.W:
+                return float(weight_s[action.stage])
+        return float(backward_s[action.stage])
 
     def transfer_s(send: Action) -> float:
         return float(activation_s[send.stage] if send.kind is Kind.SEND_F else gradient_s[send.stage - 1])
@@ -62,14 +67,4 @@ def group_step_s(group: Group, schedule_name: str) -> float | None:
     def link_busy_s(send: Action) -> float:
         return float(busy_s[send.stage if send.kind is Kind.SEND_F else send.stage - 1])
 
-    return simulate(schedule, seconds_of=seconds_of, transfer_s=transfer_s, link_busy_s=link_busy_s).step_s
-
-
-def _fits(group: Group, schedule: Schedule) -> bool:
-    column, table = group.column, group.column.table
-    for stage, in_flight in enumerate(peak_in_flight_of_stage(schedule)):
-        place = column.chosen[stage], column.bounds[stage], column.bounds[stage + 1]
-        needed = table.base_bytes[place] + in_flight * table.held_bytes[place]
-        if needed > table.limit_bytes[column.chosen[stage]]:
-            return False
-    return True
+    return seconds_of, transfer_s, link_busy_s

@@ -21,7 +21,8 @@ _ROUNDS = 30
 def choose_exactly(problem: Problem, columns: list[Column]) -> Choice | None:
     """Return the choice with the best score that keeps the limits, or None where there is none."""
     best: Choice | None = None
-    for num_replicas in range(1, sum(pool.num_chips for pool in problem.pools) + 1):
+    most = min(problem.vocabulary.max_replicas or problem.num_chips, problem.num_chips)
+    for num_replicas in range(1, most + 1):
         reduce_s = np.array([column.reduce_s(num_replicas) for column in columns])
         kept = _undominated(columns, reduce_s)
         if not kept:

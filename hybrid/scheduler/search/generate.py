@@ -48,7 +48,8 @@ class Generator:
         limit_s = target_s - table.update_s[:, None, None] - kernel.reduce_s(num_replicas)
         longest_s = float(limit_s.max())
         found: dict[int, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
-        for depth in [depth for depth in depths if depth <= kernel.depth]:
+        wanted = table.problem.vocabulary.num_stages
+        for depth in [depth for depth in depths if depth <= kernel.depth] if wanted is None else (wanted,):
             seconds = [kernel.seconds(depth, j) for j in range(1, depth + 1)]
             for count, share in product(counts, _SHARES):
                 # Few microbatches leave room for unequal stages: they fill faster than the slowest one says.

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid.scheduler.search.links import LinkModel, reduce_seconds
+from hybrid.scheduler.search.orders import order_of, stages_a_rank
 from hybrid.scheduler.search.pace import Pipelines
 from hybrid.scheduler.search.problem import Problem
 
@@ -46,9 +47,13 @@ class OptionTable:
         self.options = tuple(_options(problem, microbatch))
         self.num_layers = problem.table.num_layers
         self.pool_of = np.array([option.pool for option in self.options], dtype=np.intp)
-        self.chips = np.array([option.num_chips for option in self.options], dtype=np.float64)
+        self.chips = np.array(
+            [option.width * _slot(option.degree, problem.pools[option.pool].node_size) for option in self.options],
+            dtype=np.float64,
+        )
+        """Chips that an option takes up, those included that its nodes cannot use."""
         size = (len(self.options), self.num_layers + 1, self.num_layers + 1)
-        self.forward_s, self.backward_s = np.empty(size), np.empty(size)
+        self.forward_s, self.backward_s, self.weight_s = np.empty(size), np.empty(size), np.empty(size)
         self.base_bytes, self.held_bytes = np.empty(size), np.empty(size)
         self.shard_bytes = np.empty(size)
         """Gradients that one chip reduces."""
@@ -67,6 +72,7 @@ class OptionTable:
         cell, sizes = table.cells[pool.chip, option.degree, samples], table.sizes[option.degree]
         forward = _runs(np.array(cell.forward_s))
         backward = _runs(np.array(cell.backward_s))
+        self.weight_s[index] = _runs(np.array(cell.weight_gradient_s))
         saved = _runs(np.array(sizes.saved_bytes, dtype=np.float64)) * samples
         parameters = _runs(np.array(sizes.num_parameters, dtype=np.float64))
         outputs = np.array([0.0, *map(float, sizes.output_bytes[:-1]), 0.0]) * samples
@@ -83,10 +89,13 @@ class OptionTable:
         self.forward_s[index] = forward
         self.shard_bytes[index] = parameters * GRADIENT_BYTES
         self.update_s[index] = cell.update_s
-        fixed = memory.fixed_bytes
-        if option.degree > 1 and memory.fixed_bytes_split is not None:
-            fixed = memory.fixed_bytes_split
-        self.limit_bytes[index] = pool.memory_bytes * (1.0 - memory.margin) - fixed
+        self.limit_bytes[index] = pool.memory_bytes * (1.0 - memory.margin) - self.fixed_bytes(index)
+
+    def fixed_bytes(self, index: int) -> float:
+        """Return what a chip of the option holds whatever its layers."""
+        memory = self.problem.memory
+        is_split = self.options[index].degree > 1 and memory.fixed_bytes_split is not None
+        return float(memory.fixed_bytes_split or 0.0) if is_split else memory.fixed_bytes
 
     @cached_property
     def edge_s(self) -> Array:
@@ -196,22 +205,32 @@ class OptionTable:
         return Pipelines(
             forward_s=self.forward_s[chosen, first, end],
             backward_s=self.backward_s[chosen, first, end],
+            weight_s=self.weight_s[chosen, first, end],
             activation_s=activation_s,
             gradient_s=gradient_s,
             busy_s=np.maximum(busy_s, 0.0),
         )
 
-    def peak_bytes(self, chosen: Ints, bounds: Ints, num_microbatches: int | None) -> Array:
-        """Return what each stage holds at its peak under 1F1B, fixed bytes left out.
+    def peak_bytes(self, chosen: Ints, bounds: Ints, num_microbatches: int | None, schedule: str = "1f1b") -> Array:
+        """Return what each rank holds at its peak, fixed bytes left out.
+
+        Args:
+            num_microbatches: in a step; None: as many as are held at most.
 
         Shapes:
-            returns: (N, P)
+            chosen: (N, stages).  returns: (N, ranks)
         """
         first, end = bounds[:, :-1], bounds[:, 1:]
-        in_flight = np.arange(chosen.shape[1], 0, -1)
-        if num_microbatches is not None and self.problem.memory.capped_by_microbatches:
-            in_flight = np.minimum(in_flight, num_microbatches)
-        return np.asarray(self.base_bytes[chosen, first, end] + in_flight * self.held_bytes[chosen, first, end])
+        ranks = chosen.shape[1] // stages_a_rank(schedule)
+        if num_microbatches is None or not self.problem.memory.capped_by_microbatches:
+            num_microbatches = 4 * ranks + 2
+        order = order_of(schedule, ranks, num_microbatches)
+        base, held = self.base_bytes[chosen, first, end], self.held_bytes[chosen, first, end]
+        home, peaks = np.array(order.rank_of_stage), np.empty((len(chosen), ranks))
+        for rank, moments in enumerate(order.held_of_rank):
+            mine = home == rank
+            peaks[:, rank] = base[:, mine].sum(axis=1) + (held[:, mine] @ moments.T).max(axis=1)
+        return peaks
 
 
 def _options(problem: Problem, microbatch: int) -> list[Option]:
@@ -227,6 +246,11 @@ def _options(problem: Problem, microbatch: int) -> list[Option]:
         and microbatch % width == 0
         and (pool.chip, degree, microbatch // width) in problem.table.cells
     ]
+
+
+def _slot(degree: int, node_size: int) -> int:
+    """Return the chips of a node that stages of a degree take up each: of those that divide the node, the next one."""
+    return next(size for size in range(degree, node_size + 1) if node_size % size == 0)
 
 
 def _runs(values: Array) -> Array:

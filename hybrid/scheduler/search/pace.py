@@ -1,16 +1,18 @@
 """Pace: how long a step of many pipelines takes, all of one depth at once.
 
-Pure. `simulated` follows the same rules as `hybrid.scheduler.simulate` for 1F1B, vectorised over pipelines;
-`sailor` is the closed form of Sailor's simulator.
+Pure. `simulated` follows the same rules as `hybrid.scheduler.simulate`, vectorised over pipelines; `sailor` is the
+closed form of Sailor's simulator.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hybrid.scheduler.actions import Kind
+from hybrid.scheduler.search.orders import order_of, stages_a_rank
 
 Array = NDArray[np.float64]
 
@@ -20,11 +22,13 @@ class Pipelines:
     """Seconds of N pipelines of P stages, for one microbatch.
 
     Shapes:
-        forward_s, backward_s: (N, P).  activation_s, gradient_s, busy_s: (N, P - 1), by edge.
+        forward_s, backward_s, weight_s: (N, P).  activation_s, gradient_s, busy_s: (N, P - 1), by edge.
     """
 
     forward_s: Array
     backward_s: Array
+    weight_s: Array
+    """The part of `backward_s` that a split backward puts off."""
     activation_s: Array
     """From the end of a forward to the next stage's having its input."""
     gradient_s: Array
@@ -37,28 +41,37 @@ class Pipelines:
         return int(self.forward_s.shape[1])
 
 
-def step_seconds(pipelines: Pipelines, num_microbatches: int, law: str) -> Array:
+def step_seconds(pipelines: Pipelines, num_microbatches: int, law: str, schedule: str = "1f1b") -> Array:
     """Return the seconds of one step, without the reduction and the optimizer.
 
-    Beyond 3P + 2 microbatches the simulated law continues at the mean pace of the last P.
+    Beyond some steady rounds (3P + 2 microbatches; 4P + 2 with several stages a rank) the simulated law continues at
+    the mean pace of the last P.
 
     Shapes:
         returns: (N,)
     """
     if law == "sailor":
         return _closed_form(pipelines, num_microbatches)
-    depth = pipelines.num_stages
-    known = 3 * depth + 2
-    if depth == 1 or num_microbatches <= known:
-        return _one_f_one_b(pipelines, num_microbatches)
-    last = _one_f_one_b(pipelines, known)
-    pace = (last - _one_f_one_b(pipelines, known - depth)) / depth
+    layers = stages_a_rank(schedule)
+    ranks = pipelines.num_stages // layers
+    known = steady_microbatches(schedule, ranks)
+    if ranks == 1 or num_microbatches <= known:
+        return _walk(pipelines, num_microbatches, schedule)
+    last = _walk(pipelines, known, schedule)
+    pace = (last - _walk(pipelines, known - ranks, schedule)) / ranks
     return np.asarray(last + (num_microbatches - known) * pace)
 
 
-def exact_step_seconds(pipelines: Pipelines, num_microbatches: int, law: str) -> Array:
+def steady_microbatches(schedule: str, num_ranks: int) -> int:
+    """Return the number of microbatches beyond which a step grows at a steady pace."""
+    return (4 if stages_a_rank(schedule) > 1 else 3) * num_ranks + 2
+
+
+def exact_step_seconds(pipelines: Pipelines, num_microbatches: int, law: str, schedule: str = "1f1b") -> Array:
     """Return the same without going on at a mean pace; O(P * microbatches)."""
-    return (_closed_form if law == "sailor" else _one_f_one_b)(pipelines, num_microbatches)
+    if law == "sailor":
+        return _closed_form(pipelines, num_microbatches)
+    return _walk(pipelines, num_microbatches, schedule)
 
 
 def sailor_stage_seconds(pipelines: Pipelines) -> Array:
@@ -85,58 +98,43 @@ def _closed_form(pipelines: Pipelines, num_microbatches: int) -> Array:
     return np.asarray(stage_s.sum(axis=1) + (num_microbatches - 1) * stage_s.max(axis=1))
 
 
-def _one_f_one_b(pipelines: Pipelines, num_microbatches: int) -> Array:
+def _walk(pipelines: Pipelines, num_microbatches: int, schedule: str) -> Array:
+    """Return the step action by action."""
     count, depth = pipelines.forward_s.shape
     if depth == 1:
         return np.asarray(num_microbatches * (pipelines.forward_s + pipelines.backward_s)[:, 0])
-    forward_s, backward_s = pipelines.forward_s.T.copy(), pipelines.backward_s.T.copy()
+    order = order_of(schedule, depth // stages_a_rank(schedule), num_microbatches)
+    home = order.rank_of_stage
+    forward_s, backward_s, weight_s = (
+        x.T.copy() for x in (pipelines.forward_s, pipelines.backward_s, pipelines.weight_s)
+    )
+    seconds = {Kind.F: forward_s, Kind.B: backward_s, Kind.I: backward_s - weight_s, Kind.W: weight_s}
     activation_s, gradient_s, busy_s = pipelines.activation_s.T, pipelines.gradient_s.T, pipelines.busy_s.T
     shares = bool(busy_s.any())
-    now = np.zeros((depth, count))
+    now = np.zeros((max(home) + 1, count))
     inputs = np.zeros((depth, num_microbatches, count))
     gradients = np.zeros((depth, num_microbatches, count))
-    free = np.zeros((2, depth, count))
-    for stage, is_forward, microbatch in _order(depth, num_microbatches):
-        if is_forward:
-            end = np.maximum(now[stage], inputs[stage, microbatch]) + forward_s[stage]
-            target, edge, sends_s = stage + 1, stage, activation_s
-        else:
-            end = np.maximum(now[stage], gradients[stage, microbatch]) + backward_s[stage]
-            target, edge, sends_s = stage - 1, stage - 1, gradient_s
-        now[stage] = end
-        if 0 <= target < depth:
+    free: dict[tuple[int, int], Array] = {}
+    for stage, kind, microbatch in order.actions:
+        rank = home[stage]
+        if kind is Kind.W:
+            now[rank] = now[rank] + seconds[kind][stage]
+            continue
+        is_forward = kind is Kind.F
+        ready = (inputs if is_forward else gradients)[stage, microbatch]
+        end = np.maximum(now[rank], ready) + seconds[kind][stage]
+        now[rank] = end
+        target = stage + 1 if is_forward else stage - 1
+        if not 0 <= target < depth:
+            continue
+        arrival = end
+        if home[target] != rank:
+            edge = min(stage, target)
+            start = end
             if shares:
-                start = np.maximum(end, free[int(is_forward), edge])
-                free[int(is_forward), edge] = start + busy_s[edge]
-            else:
-                start = end
-            (inputs if is_forward else gradients)[target, microbatch] = start + sends_s[edge]
+                way = rank, home[target]
+                start = np.maximum(end, free[way]) if way in free else end
+                free[way] = start + busy_s[edge]
+            arrival = start + (activation_s if is_forward else gradient_s)[edge]
+        (inputs if is_forward else gradients)[target, microbatch] = arrival
     return np.asarray(now.max(axis=0))
-
-
-@lru_cache(maxsize=512)
-def _order(depth: int, num_microbatches: int) -> tuple[tuple[int, bool, int], ...]:
-    """Return 1F1B's compute actions of all stages in an order that keeps every dependency."""
-    rows = []
-    for stage in range(depth):
-        warmup = min(depth - stage - 1, num_microbatches)
-        row = [(stage, True, i) for i in range(warmup)]
-        for i in range(num_microbatches):
-            if i + warmup < num_microbatches:
-                row.append((stage, True, i + warmup))
-            row.append((stage, False, i))
-        rows.append(row)
-    done: set[tuple[int, bool, int]] = set()
-    place = [0] * depth
-    order: list[tuple[int, bool, int]] = []
-    while len(order) < 2 * depth * num_microbatches:
-        for stage in range(depth):
-            while place[stage] < len(rows[stage]):
-                _, is_forward, i = action = rows[stage][place[stage]]
-                needs = (stage - 1, True, i) if is_forward else (stage + 1, False, i)
-                if 0 <= needs[0] < depth and needs not in done:
-                    break
-                done.add(action)
-                order.append(action)
-                place[stage] += 1
-    return tuple(order)

@@ -9,11 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from hybrid.errors import FleetError, PlanError
+from hybrid.scheduler.schedules import SCHEDULE_NAMES
 from hybrid.scheduler.search.links import LinkModel, Network
 from hybrid.scheduler.search.table import ProfileTable
 
 OBJECTIVES = ("throughput", "usd_per_token", "joules_per_token")
 STEP_LAWS = ("simulated", "sailor")
+CODECS = ("none", "bf16", "fp8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +70,13 @@ class Vocabulary:
     recompute: bool = True
     """A stage may keep only its input and run its forward again before each backward."""
     schedules: tuple[str, ...] = ("1f1b",)
-    """Tried on the replicas that were found; they are found for 1F1B."""
+    """A replica has one of them; see `orders.py` for which are searched and which are tried on what was found."""
+    codecs: tuple[str, ...] = ("none",)
+    """What may travel on an edge."""
     max_stages: int = 16
+    num_stages: int | None = None
+    """Every replica has exactly so many."""
+    max_replicas: int | None = None
     step_law: str = "simulated"
 
 
@@ -113,6 +120,7 @@ class Problem:
             raise PlanError("no such objective", value=self.objective, valid=OBJECTIVES, fix="name one of these")
         if self.vocabulary.step_law not in STEP_LAWS:
             raise PlanError("no such step law", value=self.vocabulary.step_law, valid=STEP_LAWS)
+        self._check_words()
         if self.global_batch < 1:
             raise PlanError("the global batch is below one", value=self.global_batch, valid="1 or more")
         if (self.limits.deadline_s is None) != (self.limits.total_tokens is None):
@@ -136,6 +144,22 @@ class Problem:
                     fix = f"give a {price} above zero"
                     raise FleetError(f"pool {pool.name} has no {price}, and {self.objective} is asked for", fix=fix)
 
+    def _check_words(self) -> None:
+        words = self.vocabulary
+        for given, known, what in ((words.schedules, SCHEDULE_NAMES, "schedule"), (words.codecs, CODECS, "codec")):
+            strange = [name for name in given if name not in known]
+            if strange or not given:
+                raise PlanError(f"no such {what}", value=strange or given, valid=known, fix="name one or more of these")
+        deepest = min(words.max_stages, self.table.num_layers)
+        if words.num_stages is not None and not 1 <= words.num_stages <= deepest:
+            valid = f"1 to {deepest}"
+            raise PlanError("num_stages is out of reach", value=words.num_stages, valid=valid, fix="change num_stages")
+
+    @property
+    def num_chips(self) -> int:
+        """Of all pools."""
+        return sum(pool.num_chips for pool in self.pools)
+
     @property
     def tokens_per_step(self) -> int:
         """Tokens that a step trains on."""
@@ -148,13 +172,3 @@ class Problem:
     def link(self, a: Pool, b: Pool, lanes: int = 1, other_lanes: int = 1) -> LinkModel | None:
         """Return the link between chips of two pools, or None where there is none."""
         return self.network.find(a.names, b.names, lanes, other_lanes)
-
-
-def merge_pools(pools: Iterable[Pool]) -> tuple[Pool, ...]:
-    """Return the pools with identical ones made one: the search costs a kind, not an island."""
-    merged: dict[Pool, Pool] = {}
-    for pool in pools:
-        key = replace(pool, name="", num_chips=1)
-        held = merged.get(key)
-        merged[key] = pool if held is None else replace(held, num_chips=held.num_chips + pool.num_chips)
-    return tuple(merged.values())

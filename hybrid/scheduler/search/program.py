@@ -51,6 +51,10 @@ class Program:
             if limit is not None:
                 rows.append(weights[None, :])
                 limits.append(np.array([limit]))
+        most = problem.vocabulary.max_replicas
+        if most is not None:
+            rows.append(np.ones((1, len(columns))))
+            limits.append(np.array([float(most)]))
         self.rows, self.limits = np.vstack(rows), np.concatenate(limits)
         self.cost = self.watts if problem.objective == "joules_per_token" else self.usd
 

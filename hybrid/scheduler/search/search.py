@@ -15,8 +15,9 @@ from hybrid.scheduler.search.choice import Choice, share_out
 from hybrid.scheduler.search.columns import Column, enumerate_columns
 from hybrid.scheduler.search.exact import choose_exactly
 from hybrid.scheduler.search.generate import Generator
+from hybrid.scheduler.search.islands import merged
 from hybrid.scheduler.search.options import Array, Ints, OptionTable
-from hybrid.scheduler.search.problem import Limits, Problem, merge_pools
+from hybrid.scheduler.search.problem import Limits, Problem
 from hybrid.scheduler.search.program import Program
 from hybrid.scheduler.search.refuse import check_hopes, limit_refusal, refusal
 
@@ -49,7 +50,7 @@ def search(problem: Problem, *, method: str = "auto") -> Found:
         PlanError: nothing fits, or no plan meets the limits; says which number must change and by how much.
         FleetError: a link that any plan would need is not there.
     """
-    problem = problem.with_pools(merge_pools(problem.pools))
+    problem = merged(problem)
     check_hopes(problem)
     tables = [OptionTable(problem, size) for size in problem.vocabulary.microbatches]
     tables = [table for table in tables if table.options]
@@ -225,7 +226,7 @@ def _first_guess(problem: Problem, tables: list[OptionTable]) -> float:
 def _guesses(problem: Problem) -> list[int]:
     """Return about how many replicas to count on: it decides what a reduction costs, the less the more there are."""
     num_chips = sum(pool.num_chips for pool in problem.pools)
-    most = min(problem.global_batch, num_chips)
+    most = min(problem.global_batch, num_chips, problem.vocabulary.max_replicas or num_chips)
     if num_chips > _FEW_CHIPS:
         return [max(1, min(most, num_chips // 4))]
     return [2**power for power in range(most.bit_length())]

@@ -12,6 +12,7 @@ import numpy as np
 from hybrid.errors import HybridError
 from hybrid.scheduler.search.choice import Choice, share_out
 from hybrid.scheduler.search.columns import measure_columns
+from hybrid.scheduler.search.islands import merged
 from hybrid.scheduler.search.options import OptionTable
 from hybrid.scheduler.search.problem import Pool, Problem
 from hybrid.scheduler.search.search import Found, search
@@ -25,9 +26,18 @@ class Alternative:
     """One other plan, or why there is none."""
 
     name: str
-    step_s: float | None
-    score: float | None
+    choice: Choice | None
     refusal: str = ""
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds of its step."""
+        return None if self.choice is None else self.choice.step_s
+
+    @property
+    def score(self) -> float | None:
+        """What the objective minimises."""
+        return None if self.choice is None else self.choice.score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,24 +59,35 @@ class Worth:
         """One sentence."""
         if self.leave_out:
             return f"leave out {', '.join(self.leave_out)}: without, the objective is no worse by 1%"
+        if len(self.without) == 1:
+            return "there is one pool: nothing is mixed"
         return "the mix is worth it: every pool improves the objective by 1% or more"
 
 
-def is_the_mix_worth_it(problem: Problem) -> Worth:
+def is_the_mix_worth_it(problem: Problem, mix: Found | None = None) -> Worth:
     """Return the best plan on all pools beside those on fewer.
+
+    Args:
+        problem: with all pools.
+        mix: what the search found on it, where it was asked already.
 
     Raises:
         PlanError: nothing fits even on all pools.
     """
-    mix = search(problem)
+    problem = merged(problem)
+    mix = mix or search(problem)
     best = mix.choice.score
     kinds = dict.fromkeys(pool.chip for pool in problem.pools)
-    alone = tuple(
-        _of(f"{kind} alone", problem, [pool for pool in problem.pools if pool.chip == kind]) for kind in kinds
-    )
-    without = tuple(
-        _of(pool.name, problem, [other for other in problem.pools if other is not pool]) for pool in problem.pools
-    )
+    known: dict[tuple[str, ...], Alternative] = {tuple(pool.name for pool in problem.pools): _found("all", mix)}
+
+    def of(name: str, pools: list[Pool]) -> Alternative:
+        key = tuple(pool.name for pool in pools)
+        if key not in known:
+            known[key] = _of(name, problem, pools)
+        return replace(known[key], name=name)
+
+    alone = tuple(of(f"{kind} alone", [pool for pool in problem.pools if pool.chip == kind]) for kind in kinds)
+    without = tuple(of(pool.name, [other for other in problem.pools if other is not pool]) for pool in problem.pools)
     helps = [entry.score is None or entry.score > best * (1 + _WORTH_IT) for entry in without]
     leave_out = tuple(entry.name for entry, help_ in zip(without, helps, strict=True) if not help_)
     # Two pools may each be dispensable and not both: one at a time, the least useful.
@@ -76,12 +97,16 @@ def is_the_mix_worth_it(problem: Problem) -> Worth:
 
 def _of(name: str, problem: Problem, pools: list[Pool]) -> Alternative:
     if not pools:
-        return Alternative(name=name, step_s=None, score=None, refusal="no pool is left")
+        return Alternative(name=name, choice=None, refusal="no pool is left")
     try:
         found = search(replace(problem, pools=tuple(pools)))
     except HybridError as error:
-        return Alternative(name=name, step_s=None, score=None, refusal=str(error))
-    return Alternative(name=name, step_s=found.choice.step_s, score=found.choice.score)
+        return Alternative(name=name, choice=None, refusal=str(error))
+    return _found(name, found)
+
+
+def _found(name: str, found: Found) -> Alternative:
+    return Alternative(name=name, choice=found.choice)
 
 
 def _uniform(problem: Problem) -> Alternative:
@@ -107,9 +132,10 @@ def _uniform(problem: Problem) -> Alternative:
                 )
                 for column in columns:
                     count = min(p.num_chips // n for p, n in zip(problem.pools, column.chips, strict=True) if n)
+                    count = min(count, problem.vocabulary.max_replicas or count)
                     choice = share_out(problem, [(column, count)]) if count else None
                     if choice is not None and (best is None or choice.score < best.score):
                         best = choice
     if best is None:
-        return Alternative(name="uniform split", step_s=None, score=None, refusal="no even split fits")
-    return Alternative(name="uniform split", step_s=best.step_s, score=best.score)
+        return Alternative(name="uniform split", choice=None, refusal="no even split fits")
+    return Alternative(name="uniform split", choice=best)
