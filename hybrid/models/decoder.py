@@ -70,11 +70,14 @@ class Embedding(nn.Module):
         Shapes:
             ids: (B, T) int64.  returns: (B, T, H).
         """
-        x_BTH = F.embedding(ids.to(self.weight.device), self.weight)
-        # Autocast leaves an embedding in fp32; the next layer gets what a cut would send.
-        kind = x_BTH.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        return x_BTH.to(torch.get_autocast_dtype(kind)) if autocast else x_BTH
+        return in_compute_format(F.embedding(ids.to(self.weight.device), self.weight))
+
+
+def in_compute_format(x: Tensor) -> Tensor:
+    """Return an embedding's rows as the next layer gets them: autocast leaves them in fp32, a cut would not."""
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if autocast else x
 
 
 @final

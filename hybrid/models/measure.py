@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from hybrid.config import Precision
-from hybrid.models.stage import Stage, boundary_dtype, boundary_shape, compute_context, microbatch_loss
+from hybrid.models.stage import Stage, boundary_dtype, compute_context
 
 
 def measure_saved_bytes(stage: Stage, *, microbatch: int, precision: Precision, device: str = "cpu") -> int:
@@ -37,8 +37,8 @@ def _saved_storages(stage: Stage, microbatch: int, precision: Precision, device:
         sizes[storage._cdata] = storage.nbytes()  # the address of its memory would be 0 for a fake tensor
         return x
 
-    shape = boundary_shape(stage.config, microbatch)
-    targets = torch.zeros(shape[:2], dtype=torch.int64, device=device)
+    shape = stage.boundary_shape(microbatch)
+    targets = torch.zeros(microbatch, stage.config.sequence_length, dtype=torch.int64, device=device)
     if stage.is_first:
         x = torch.zeros_like(targets)
     else:
@@ -46,5 +46,5 @@ def _saved_storages(stage: Stage, microbatch: int, precision: Precision, device:
     with saved_tensors_hooks(pack, lambda x: x):
         y: Tensor = stage(x)
         if stage.is_last:
-            y = microbatch_loss(y, targets)
+            y = stage.loss(y, targets)
     return sizes, y

@@ -1,7 +1,7 @@
 """A stage: a contiguous run of the model's layers, as one module.
 
 What a worker holds and what the one-process reference holds are both stages, so that they compute the same
-numbers. No communication, no optimizer, no clock.
+numbers. No optimizer, no clock; no communication but that of `tensor_parallel`, where several ranks hold one stage.
 """
 
 from __future__ import annotations
@@ -15,15 +15,24 @@ from torch import Tensor, nn
 
 from hybrid.config import ModelConfig, Precision
 from hybrid.models.decoder import build_layer, layer_name
+from hybrid.models.sharded_loss import sharded_loss
+from hybrid.models.tensor_parallel import TensorParallel, shard_layer
+from hybrid.scheduler.reshard import cut
 
 
 @final
 class Stage(nn.Module):
-    """Layers `[first, end)` of a model."""
+    """Layers `[first, end)` of a model, whole, or with this rank's part of their weights.
 
-    def __init__(self, config: ModelConfig, layers: dict[int, nn.Module]) -> None:
+    Args:
+        parallel: over which ranks the weights are cut; None: they are whole.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layers: dict[int, nn.Module], parallel: TensorParallel | None = None
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.parallel = config, parallel
         self.layers = layers
         """By index in the model, in order."""
         self._registered = nn.ModuleList(layers.values())
@@ -42,18 +51,52 @@ class Stage(nn.Module):
         """Run the layers.
 
         Shapes:
-            x: (B, T) int64 ids for the first stage, else (B, T, H).
-            returns: (B, T, V) for the last stage, else (B, T, H).
+            x: (B, T) int64 ids for the first stage, else (B, T, H), of T this rank's tokens.
+            returns: (B, T, V) for the last stage, of V this rank's part, else as x.
         """
+        if self.parallel and not self.is_first:
+            x = self.parallel.join_input(x, self.config.sequence_length)
         for layer in self.layers.values():
             x = layer(x)
-        return x
+        return self.parallel.cut_output(x) if self.parallel and not self.is_last else x
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy over the tokens of what the last stage returned; see `microbatch_loss`.
+
+        Shapes:
+            logits: (B, T, V), of V this rank's part.  targets: (B, T) int64, on any device.  returns: ().
+        """
+        if self.parallel:
+            return sharded_loss(logits, targets, self.parallel.axis)
+        return microbatch_loss(logits, targets)
+
+    def boundary_shape(self, num_samples: int) -> tuple[int, int, int]:
+        """Return (B, T, H) of the activations, and their gradients, that come to this rank and leave it."""
+        num_tokens = self.config.sequence_length
+        if self.parallel:
+            first, end = cut(num_tokens, self.parallel.axis.size)[self.parallel.axis.rank]
+            num_tokens = end - first
+        return num_samples, num_tokens, self.config.hidden_size
 
 
-def build_stage(config: ModelConfig, first: int, end: int, seed: int, dtype: torch.dtype) -> Stage:
-    """Return layers `[first, end)` with their first weights, on the CPU; no weight depends on the split."""
+def build_stage(
+    config: ModelConfig,
+    first: int,
+    end: int,
+    seed: int,
+    dtype: torch.dtype,
+    parallel: TensorParallel | None = None,
+) -> Stage:
+    """Return layers `[first, end)` with their first weights, on the CPU; no weight depends on the split.
+
+    With `parallel` each layer is built whole, as everywhere else, and cut before the next one is built.
+    """
     assert 0 <= first < end <= config.num_layers, f"layers [{first}, {end}) of {config.num_layers}"
-    return Stage(config, {index: build_layer(config, index, seed=seed, dtype=dtype) for index in range(first, end)})
+    layers: dict[int, nn.Module] = {}
+    for index in range(first, end):
+        layer = build_layer(config, index, seed=seed, dtype=dtype)
+        layers[index] = shard_layer(layer, config, parallel) if parallel else layer
+    return Stage(config, layers, parallel)
 
 
 def microbatch_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from hybrid.backends.base import Backend
 from hybrid.backends.weight_gradients import Deferral
 from hybrid.config import Precision
-from hybrid.models.stage import Stage, compute_context, microbatch_loss
+from hybrid.models.stage import Stage, compute_context
 
 
 @dataclass(slots=True)
@@ -151,7 +151,7 @@ class StageCompute:
         if not self.is_last:
             return out
         assert targets is not None, "the last stage needs targets"
-        return microbatch_loss(out, targets)
+        return self.stage.loss(out, targets)
 
     def take_loss(self) -> float | None:
         """Return the step's loss, the mean over its microbatches summed in their order in float64; last stage only."""
@@ -177,7 +177,7 @@ class StageCompute:
         if not self.is_last:
             return _Traced(leaf, out, deferral), None
         assert targets is not None, "the last stage needs targets"
-        loss = microbatch_loss(out, targets)
+        loss = self.stage.loss(out, targets)
         return _Traced(leaf, loss / self._num_microbatches, deferral), loss
 
     def _backward(

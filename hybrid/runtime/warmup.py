@@ -13,7 +13,7 @@ import torch
 
 from hybrid.config import Precision
 from hybrid.models.measure import measure_saved_bytes
-from hybrid.models.stage import boundary_dtype, boundary_shape
+from hybrid.models.stage import boundary_dtype
 from hybrid.runtime.compute import StageCompute
 
 _ROUNDS = 3
@@ -21,8 +21,8 @@ _ROUNDS = 3
 
 def first_calls_of(compute: StageCompute, microbatch: int, precision: Precision) -> dict[str, Callable[[], object]]:
     """Return the calls that make a graph device compile all that the stage runs, for the plan's shapes."""
-    shape = boundary_shape(compute.stage.config, microbatch)
-    ids = torch.zeros(shape[:2], dtype=torch.int64)
+    shape = compute.stage.boundary_shape(microbatch)
+    ids = torch.zeros(microbatch, compute.stage.config.sequence_length, dtype=torch.int64)
     backend = compute.backend
     boundary = backend.to_device(torch.zeros(shape, dtype=boundary_dtype(precision)))
     x = backend.to_device(ids) if compute.is_first else boundary
@@ -48,8 +48,8 @@ def warm_up(compute: StageCompute, microbatch: int, precision: Precision) -> dic
     Raises:
         torch.OutOfMemoryError: not even one microbatch fits.
     """
-    shape = boundary_shape(compute.stage.config, microbatch)
-    ids = torch.zeros(shape[:2], dtype=torch.int64)
+    shape = compute.stage.boundary_shape(microbatch)
+    ids = torch.zeros(microbatch, compute.stage.config.sequence_length, dtype=torch.int64)
     backend = compute.backend
     boundary = backend.to_device(torch.zeros(shape, dtype=boundary_dtype(precision)))
     x = backend.to_device(ids) if compute.is_first else boundary

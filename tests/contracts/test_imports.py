@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "hybrid.scheduler": (*GROUND, "hybrid.hardware"),
     "hybrid.collectives": (*GROUND, "hybrid.transports.base", "hybrid.transports.arrival", "hybrid_kernels"),
     "hybrid.backends": (*GROUND, "hybrid.transports.base", "hybrid.collectives.base", "hybrid_kernels"),
-    "hybrid.models": (*GROUND, "hybrid.scheduler.profile", "hybrid_kernels"),
+    "hybrid.models": (*GROUND, "hybrid.scheduler.profile", "hybrid.scheduler.reshard", "hybrid_kernels"),
     "hybrid_kernels": (),
 }
 HOMES: dict[str, tuple[str, ...]] = {
