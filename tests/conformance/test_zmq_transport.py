@@ -280,7 +280,7 @@ def test_a_host_that_is_not_here_is_the_machines_error(host: str) -> None:
 
 
 def test_an_unknown_transport_names_the_valid_ones() -> None:
-    with pytest.raises(ConfigError, match="inproc, zmq-tcp, zmq-ipc"):
+    with pytest.raises(ConfigError, match="inproc, zmq-tcp, zmq-curve, zmq-ipc"):
         open_node("carrier-pigeon", 0)
 
 
