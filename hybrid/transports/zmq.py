@@ -14,10 +14,10 @@ import zmq
 
 from hybrid.errors import CommTimeout, PeerLost, ProtocolError
 from hybrid.transports.base import DEFAULT_WINDOW_BYTES, Transport, TransportNode
-from hybrid.transports.zmq_curve import make_keys, split_key
 from hybrid.transports.zmq_door import Door, Knock
 from hybrid.transports.zmq_edge import ZmqTransport
 from hybrid.transports.zmq_engine import Engine
+from hybrid.transports.zmq_gate import make_keys, split_key
 from hybrid.transports.zmq_memory import keep_freed_memory
 from hybrid.transports.zmq_socket import Context, Socket, ZmqOptions, open_edge_socket
 from hybrid.wire import PROTOCOL_VERSION, Hello, Refusal, Welcome
@@ -65,15 +65,14 @@ class ZmqNode(TransportNode):
         self._edges: list[ZmqTransport] = []
         self._closed = False
         try:
-            self._door = Door(self._context, self._engine, rank, options, self._keys if options.encrypted else None)
+            self._door = Door(self._context, self._engine, rank, options, self._keys)
         except BaseException:
             self._context.destroy(0)
             raise
         self.address = self._door.address
         with self._engine.lock:
             self._engine.add(self._door)
-            if self._door.gate is not None:
-                self._engine.add(self._door.gate)
+            self._engine.add(self._door.gate)
 
     @property
     def refused(self) -> tuple[str, ...]:
@@ -112,8 +111,7 @@ class ZmqNode(TransportNode):
                 return
             self._closed = True
             self._engine.remove(self._door)
-            if self._door.gate is not None:
-                self._engine.remove(self._door.gate)
+            self._engine.remove(self._door.gate)
             edges, self._edges = [*self._edges, *self._door.edges_of_rank.values()], []
             self._door.close()
         for edge in edges:
@@ -135,19 +133,15 @@ class ZmqNode(TransportNode):
         if key is None and self._options.must_encrypt:
             raise ProtocolError("an address without a key where encryption is demanded", value=address)
 
-        def secure(opened: Socket) -> None:
-            if key is not None:
-                self._keys.secure_dialer(opened, key)
-
         while time.monotonic() < deadline_s:
-            welcome = self._knock(peer, endpoint, secure, deadline_s)
+            welcome = self._knock(peer, endpoint, key, deadline_s)
             if welcome is None:
                 return None
             with self._engine.lock:
                 if self._closed:
                     return None
                 socket = open_edge_socket(self._context, self._options)
-                secure(socket)
+                self._keys.secure_dialer(socket, key, welcome.secret)
                 edge = ZmqTransport(
                     self._engine,
                     socket,
@@ -164,7 +158,10 @@ class ZmqNode(TransportNode):
             edge.close()
         return None
 
-    def _knock(self, peer: int, address: str, secure: Callable[[Socket], None], deadline_s: float) -> Welcome | None:
+    def _knock(self, peer: int, address: str, key: bytes | None, deadline_s: float) -> Welcome | None:
+        def secure(opened: Socket) -> None:
+            self._keys.secure_dialer(opened, key, self._keys.door_word)
+
         knock = Knock(self._context, address, self._options, secure)
         hello = Hello(PROTOCOL_VERSION, self.rank, peer, self._options.token)
         with self._engine.lock:

@@ -15,9 +15,9 @@ from typing import final
 import zmq
 
 from hybrid.errors import MachineError, ProtocolError
-from hybrid.transports.zmq_curve import Gate, Keys, with_key
 from hybrid.transports.zmq_edge import ZmqTransport
 from hybrid.transports.zmq_engine import Engine
+from hybrid.transports.zmq_gate import Gate, Keys, with_key
 from hybrid.transports.zmq_socket import Context, Socket, ZmqOptions, bind, fd_of, open_edge_socket, open_socket
 from hybrid.wire import PROTOCOL_VERSION, Hello, Refusal, Welcome, decode_header, encode_header
 
@@ -33,21 +33,20 @@ _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 class Door:
     """Where peers knock: refuses strangers, and opens an edge's socket for each peer that it welcomes."""
 
-    def __init__(self, context: Context, engine: Engine, rank: int, options: ZmqOptions, keys: Keys | None) -> None:
+    def __init__(self, context: Context, engine: Engine, rank: int, options: ZmqOptions, keys: Keys) -> None:
         self.refused: deque[str] = deque(maxlen=16)
         self.edges_of_rank: dict[int, ZmqTransport] = {}
         """Edges that a peer has dialed and this rank has not opened yet."""
         self._context, self._engine, self._rank, self._options = context, engine, rank, options
-        self._keys, self._num_refused = keys, 0
-        self.gate = None if keys is None else Gate(context, keys, self.note)
+        self._num_refused = 0
+        self.gate = Gate(context, keys, self.note, encrypted=options.encrypted)
         self._socket = open_socket(context, zmq.ROUTER, options)
-        if keys is not None:
-            keys.secure_listener(self._socket)
+        self.gate.guard(self._socket, keys.door_word, keep=True)
         self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_HELLO_BYTES)
         self._socket.setsockopt(zmq.RCVHWM, 16)
         self._socket.setsockopt(zmq.LINGER, _ANSWER_LINGER_MS)
         endpoint = bind(self._socket, options, port=options.port)
-        self.address = endpoint if keys is None else with_key(endpoint, keys.own_public)
+        self.address = with_key(endpoint, keys.own_public) if options.encrypted else endpoint
         self.fds: tuple[int, ...] = (fd_of(self._socket),)
         self._readable = True
 
@@ -72,8 +71,7 @@ class Door:
 
     def close(self) -> None:
         self._readable = False
-        if self.gate is not None:
-            self.gate.close()
+        self.gate.close()
         if not self._socket.closed:
             self._socket.close()
 
@@ -97,15 +95,14 @@ class Door:
         earlier = self.edges_of_rank.pop(hello.rank, None)
         if earlier is not None:
             earlier.abandon()
+        secret = secrets.token_bytes(16)
         socket = open_edge_socket(self._context, self._options)
-        if self._keys is not None:
-            self._keys.secure_listener(socket)
+        self.gate.guard(socket, secret)
         try:
             endpoint = bind(socket, self._options)
         except MachineError:
             socket.close()
             raise
-        secret = secrets.token_bytes(16)
         edge = ZmqTransport(self._engine, socket, peer=hello.rank, secret=secret, options=self._options)
         self._engine.add(edge)
         self.edges_of_rank[hello.rank] = edge
@@ -166,5 +163,5 @@ class Knock:
             self._events.recv_multipart(zmq.NOBLOCK)
         except zmq.Again:
             return False
-        self.answer = Refusal("our key is not of its job")
+        self.answer = Refusal("our key or password is not of its job")
         return True

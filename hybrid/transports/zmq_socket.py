@@ -89,7 +89,10 @@ def open_socket(context: Context, kind: int, options: ZmqOptions) -> Socket:
     if options.medium == "ipc":
         # The kernel tells who connects: another user's process never gets as far as the token.
         opened.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
-    elif ":" in options.host:
+        return opened
+    # A ping does not get past what waits to be sent: then the kernel must notice that the peer takes nothing.
+    opened.setsockopt(zmq.TCP_MAXRT, max(int(options.lost_after_s * 1000), 1))
+    if ":" in options.host:
         opened.setsockopt(zmq.IPV6, 1)
     return opened
 

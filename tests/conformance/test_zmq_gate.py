@@ -11,7 +11,7 @@ import zmq
 from hybrid.errors import CommError, CommTimeout, ProtocolError
 from hybrid.transports import Transport
 from hybrid.transports.zmq import ZmqNode
-from hybrid.transports.zmq_curve import make_keys, split_key, with_key
+from hybrid.transports.zmq_gate import make_keys, split_key, with_key
 from hybrid.transports.zmq_socket import ZmqOptions, is_loopback
 from hybrid.wire import PROTOCOL_VERSION, Hello, encode_header
 
@@ -101,7 +101,7 @@ def test_who_does_not_speak_to_the_door_as_its_address_says_is_not_heard(kind: s
         stranger = context.socket(zmq.DEALER)
         stranger.setsockopt(zmq.LINGER, 0)
         if kind != "no key":
-            make_keys(TOKEN).secure_dialer(stranger, zmq.curve_keypair()[0])
+            make_keys(TOKEN).secure_dialer(stranger, zmq.curve_keypair()[0], b"")
         stranger.connect(endpoint)
         stranger.send(encode_header(Hello(PROTOCOL_VERSION, 0, 1, TOKEN)))
         assert not stranger.poll(300)
