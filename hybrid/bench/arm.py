@@ -30,9 +30,9 @@ WAIT_S = 30.0
 
 
 class Arm(ABC):
-    """One process of an arm. Subclasses keep the loaded stage in `stage`."""
+    """One process of an arm. Subclasses keep the loaded stages in `stages`."""
 
-    stage: Stage
+    stages: tuple[Stage, ...]
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
@@ -56,7 +56,7 @@ class Arm(ABC):
 
     @abstractmethod
     def load(self, workload: Workload) -> None:
-        """Build the stage, its gradients zero and their memory at hand."""
+        """Build the stages, their gradients zero and their memory at hand."""
 
     @abstractmethod
     def prepare(self, step: int) -> None:
@@ -64,7 +64,7 @@ class Arm(ABC):
 
     @abstractmethod
     def step(self, step: int) -> float | None:
-        """Run a step and leave its gradients in the stage; return the loss where it is known."""
+        """Run a step and leave its gradients in the stages; return the loss where it is known."""
 
     @abstractmethod
     def answer(self, message: object) -> Any:
@@ -75,8 +75,10 @@ class Arm(ABC):
         overrun_s, cpu_s, start_s = self.overrun_s, time.process_time(), time.monotonic()
         loss = self.step(message.step)
         end_s, cpu_s = time.monotonic(), time.process_time() - cpu_s
-        squares = squares_of_layers(self.stage) if message.with_squares else {}
-        zero_gradients(self.stage)
+        squares: dict[int, float] = {}
+        for stage in self.stages:
+            squares |= squares_of_layers(stage) if message.with_squares else {}
+            zero_gradients(stage)
         return Ran(
             start_s=start_s,
             end_s=end_s,
@@ -94,7 +96,7 @@ class OneProcess(Arm):
     def load(self, workload: Workload) -> None:
         self._workload = workload
         self._compute = build_compute(workload, range(workload.model.num_layers), open_cpu())
-        self.stage = self._compute.stage
+        self.stages = (self._compute.stage,)
 
     def prepare(self, step: int) -> None:
         self._batch = microbatches(self._workload, step)
@@ -135,10 +137,10 @@ def build_layers(workload: Workload, layers: range) -> Stage:
     return stage
 
 
-def build_compute(workload: Workload, layers: range, backend: Backend) -> StageCompute:
+def build_compute(workload: Workload, layers: range, backend: Backend, *, splits: bool = False) -> StageCompute:
     """Return the runtime's forward and backward of some layers."""
-    stage = build_layers(workload, layers)
-    return StageCompute(stage, backend, precision="fp32", num_microbatches=workload.num_microbatches)
+    stage, count = build_layers(workload, layers), workload.num_microbatches
+    return StageCompute(stage, backend, precision="fp32", num_microbatches=count, splits=splits)
 
 
 def zero_gradients(stage: Stage) -> None:

@@ -16,10 +16,10 @@ from hybrid.hardware import load_catalog
 from hybrid.models.stage import boundary_shape
 from hybrid.runtime.capabilities import capabilities_of
 from hybrid.runtime.emulated_link import EmulatedLink
+from hybrid.runtime.held_stages import splits_backward
 from hybrid.runtime.interpreter import Interpreter
 from hybrid.scheduler.actions import Action, Kind
 from hybrid.scheduler.lowering import lower_communication
-from hybrid.scheduler.schedules import build_schedule
 from hybrid.transports import open_node
 from hybrid.transports.base import Transport
 
@@ -47,13 +47,19 @@ class HybridRank(Arm):
 
     def load(self, workload: Workload) -> None:
         self._workload = workload
-        self._schedule = build_schedule(workload.schedule, self._num_ranks, workload.num_microbatches)
-        self._compute = build_compute(workload, workload.layers(self._rank), self._backend)
-        self.stage = self._compute.stage
+        self._schedule = workload.build_schedule()
+        own = [stage for stage, rank in enumerate(workload.layout) if rank == self._rank]
+        self._compute = {
+            stage: build_compute(
+                workload, workload.layers(stage), self._backend, splits=splits_backward(self._schedule, stage)
+            )
+            for stage in own
+        }
+        self.stages = tuple(compute.stage for compute in self._compute.values())
         self._interpreter = Interpreter(
             lower_communication(self._schedule),
             self._rank,
-            {self._rank: self._compute},
+            self._compute,
             self._edges,
             shape=boundary_shape(workload.model, workload.microbatch),
             dtype=torch.float32,
@@ -69,7 +75,7 @@ class HybridRank(Arm):
 
     def step(self, step: int) -> float | None:
         self._interpreter.run(step, self._batch)
-        return self._compute.take_loss()
+        return self._compute[max(self._compute)].take_loss()
 
     def answer(self, message: object) -> Any:
         match message:
@@ -95,27 +101,32 @@ class HybridRank(Arm):
         return {peer: EmulatedLink(transfer_s=0.0, busy_s=0.0) for peer in self._edges}
 
     def _meet(self, address_of_rank: tuple[str, ...]) -> None:
-        for peer in (self._rank - 1, self._rank + 1):
-            if 0 <= peer < self._num_ranks:
+        last = self._num_ranks - 1
+        # The last one hands on to the first where ranks hold several stages. One order for all, as in a job.
+        pairs = {(rank, rank + 1) for rank in range(last)} | ({(0, last)} if last else set())
+        for pair in sorted(pairs):
+            if self._rank in pair:
+                peer = pair[1 - pair.index(self._rank)]
                 self._edges[peer] = self._node.open(peer, address_of_rank[peer], timeout_s=WAIT_S)
 
     def _run_alone(self, step: int) -> Alone:
         batch = microbatches(self._workload, step)
         shape = boundary_shape(self._workload.model, self._workload.microbatch)
         x, grad = torch.randn(shape), torch.randn(shape) * 1e-3
+        (compute,) = self._compute.values()
         seconds = {Kind.F: 0.0, Kind.B: 0.0}
         cpu_s = time.process_time()
         for action in self._schedule.actions_of_rank[self._rank]:
             start_s = time.monotonic()
             if action.kind is Kind.F:
                 ids, targets = batch(action.microbatch)
-                self._compute.forward(action.microbatch, ids if self._compute.is_first else x, targets)
+                compute.forward(action.microbatch, ids if compute.is_first else x, targets)
             else:
-                self._compute.backward(action.microbatch, None if self._compute.is_last else grad)
+                compute.backward(action.microbatch, None if compute.is_last else grad)
             seconds[action.kind] += time.monotonic() - start_s
         cpu_s = time.process_time() - cpu_s
-        self._compute.take_loss()
-        zero_gradients(self.stage)
+        compute.take_loss()
+        zero_gradients(compute.stage)
         num = self._workload.num_microbatches
         return Alone(forward_s=seconds[Kind.F] / num, backward_s=seconds[Kind.B] / num, cpu_s=cpu_s)
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 import time
 from typing import Any, final
 
+import torch
+
 from hybrid.bench.arm import open_cpu
 from hybrid.bench.workload import Workload
 from hybrid.runtime.layer_profile import LayerSeconds, measure_layers
+from hybrid.transports.zmq_memory import keep_freed_memory
 
 
 @final
 class LayerArm:
     """Takes a workload, answers with its layers in core seconds; takes a number of seconds, computes as long."""
+
+    def __init__(self) -> None:
+        # As the ranks that it measures for: one thread, and freed memory at hand.
+        torch.set_num_threads(1)
+        keep_freed_memory()
 
     def __call__(self, message: Any) -> tuple[LayerSeconds, ...] | float:
         """Measure the workload's layers on this process's one thread, or the share of a core that it gets."""

@@ -39,18 +39,19 @@ class TorchRank(Arm):
 
     def load(self, workload: Workload) -> None:
         self._workload = workload
-        self.stage = build_layers(workload, workload.layers(self._rank))
+        self._stage = build_layers(workload, workload.layers(self._rank))
+        self.stages = (self._stage,)
         shape = boundary_shape(workload.model, workload.microbatch)
         boundary = torch.empty(shape, requires_grad=True)
         ids = torch.zeros(shape[:2], dtype=torch.int64)
         logits = torch.empty((*shape[:2], workload.model.vocab_size), requires_grad=True)
         pipeline_stage = PipelineStage(
-            self.stage,
+            self._stage,
             self._rank,
             self._num_ranks,
             torch.device("cpu"),
-            input_args=ids if self.stage.is_first else boundary,
-            output_args=logits if self.stage.is_last else boundary,
+            input_args=ids if self._stage.is_first else boundary,
+            output_args=logits if self._stage.is_last else boundary,
         )
         self._schedule = Schedule1F1B(
             pipeline_stage, workload.num_microbatches, loss_fn=self._share_of_loss, scale_grads=False
@@ -60,12 +61,12 @@ class TorchRank(Arm):
         self._ids, self._targets = samples(self._workload, step)
 
     def step(self, step: int) -> float | None:
-        inputs = (self._ids,) if self.stage.is_first else ()
-        targets = self._targets if self.stage.is_last else None
+        inputs = (self._ids,) if self._stage.is_first else ()
+        targets = self._targets if self._stage.is_last else None
         losses: list[Tensor] = []
         self._schedule.step(*inputs, target=targets, losses=losses, return_outputs=False)
         # Shares of a power of two of microbatches: their sum has the bits of the mean.
-        return sum(share.item() for share in losses) if self.stage.is_last else None
+        return sum(share.item() for share in losses) if self._stage.is_last else None
 
     def answer(self, message: object) -> Any:
         raise TypeError(f"a rank of torch is asked for {message}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hybrid.config import ModelConfig
-from hybrid.scheduler.actions import Action, Kind
+from hybrid.scheduler.actions import Action, Kind, Schedule
+from hybrid.scheduler.schedules import build_placed_schedule, parse_order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,12 +21,32 @@ class Workload:
     """0 first."""
     seed: int = 1234
     schedule: str = "1f1b"
-    """A name of `SCHEDULES`; our ranks run it."""
+    """A name of `SCHEDULE_NAMES`; our ranks run it."""
+    rank_of_stage: tuple[int, ...] = ()
+    """Empty: one stage a rank."""
+    order: tuple[str, ...] = ()
+    """Of each rank its compute actions, for `auto`."""
 
     @property
     def num_stages(self) -> int:
         """How many stages the pipelines cut the model into."""
         return len(self.first_layer_of_stage)
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Each stage's rank."""
+        return self.rank_of_stage or tuple(range(self.num_stages))
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks the stages lie on."""
+        return max(self.layout) + 1
+
+    def build_schedule(self) -> Schedule:
+        """Return the compute actions."""
+        if self.order:
+            return parse_order(self.order, self.schedule, self.layout, self.num_microbatches)
+        return build_placed_schedule(self.schedule, self.layout, self.num_microbatches)
 
     def layers(self, stage: int) -> range:
         """Return the layers of a stage."""
@@ -40,14 +61,16 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """Seconds of each stage's forward and backward."""
+    """Seconds of each stage's forward and backward; both parts of a split backward take half of it."""
 
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
 
     def seconds_of(self, action: Action) -> float:
-        """Return the seconds of a compute action (F or B)."""
-        return (self.forward_s if action.kind is Kind.F else self.backward_s)[action.stage]
+        """Return the seconds of a compute action."""
+        if action.kind is Kind.F:
+            return self.forward_s[action.stage]
+        return self.backward_s[action.stage] / (1 if action.kind is Kind.B else 2)
 
 
 COMPUTE_HEAVY = Workload(

@@ -56,7 +56,9 @@ def measure_profile(job: JobConfig, fleet: Fleet, *, rounds: int) -> dict[str, A
     batch = job.batch.microbatch
     whole = build_profile(job.model, microbatch=batch, precision=job.precision)
     cells: dict[tuple[str, int, int], Cell] = {}
-    notes = ["each kind of layer run alone, medians; a backward is split in halves; update_s is the whole model's"]
+    notes = [
+        "each kind of layer run alone, medians; a backward's parts by a split one's; update_s is the whole model's"
+    ]
     sizes: Sizes | None = None
     for island in {island.chip.name: island for island in fleet.islands}.values():
         backend, note = _open(island)
@@ -64,11 +66,12 @@ def measure_profile(job: JobConfig, fleet: Fleet, *, rounds: int) -> dict[str, A
         measured = measure_layers(job.model, backend, microbatch=batch, precision=job.precision, rounds=rounds)
         kinds = {row.kind: row for row in measured}
         rows = [kinds[layer.kind] for layer in whole.layers]
-        half = tuple(row.backward_s / 2 for row in rows)
+        shares = [row.weight_gradient_s / (row.input_gradient_s + row.weight_gradient_s) for row in rows]
+        weight = tuple(row.backward_s * share for row, share in zip(rows, shares, strict=True))
         cells[island.chip.name, 1, batch] = Cell(
             forward_s=tuple(row.forward_s for row in rows),
-            input_gradient_s=half,
-            weight_gradient_s=half,
+            input_gradient_s=tuple(row.backward_s - part for row, part in zip(rows, weight, strict=True)),
+            weight_gradient_s=weight,
             update_s=sum(row.update_s for row in rows),
         )
         sizes = sizes or Sizes(

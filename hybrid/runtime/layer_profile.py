@@ -7,8 +7,10 @@ the head stand for all.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -32,6 +34,11 @@ class LayerSeconds:
     """`embedding`, `block` or `head`; the head's include the loss."""
     forward_s: float
     backward_s: float
+    split_forward_s: float
+    """Of a forward whose backward may come in two parts."""
+    input_gradient_s: float
+    weight_gradient_s: float
+    """The two parts; together they may take longer than a whole backward."""
     update_s: float
     """Of AdamW over the layer's parameters, once a step."""
     saved_bytes: int
@@ -67,12 +74,15 @@ def measure_layers(
         stage = build_stage(model, index, index + 1, seed=0, dtype=parameter_dtype(precision))
         row = profile.layers[index]
         saved = measure_saved_bytes(stage, microbatch=microbatch, precision=precision)
-        forward_s, backward_s = _measure_stage(stage, backend, microbatch, precision, rounds, clock)
+        seconds = _measure_stage(stage, backend, microbatch, precision, rounds, clock)
         found.append(
             LayerSeconds(
                 kind=row.kind,
-                forward_s=forward_s,
-                backward_s=backward_s,
+                forward_s=seconds["whole", "F"],
+                backward_s=seconds["whole", "B"],
+                split_forward_s=seconds["split", "F"],
+                input_gradient_s=seconds["split", "I"],
+                weight_gradient_s=seconds["split", "W"],
                 update_s=_measure_update(stage, rounds, clock),
                 saved_bytes=saved,
                 output_bytes=row.output_bytes,
@@ -84,32 +94,42 @@ def measure_layers(
 
 def _measure_stage(
     stage: Stage, backend: Backend, microbatch: int, precision: Precision, rounds: int, clock: Callable[[], float]
-) -> tuple[float, float]:
-    """Return the median seconds of one layer's forward and backward."""
+) -> dict[tuple[str, str], float]:
+    """Return the median seconds of one layer's actions in turn: whole backwards (F, B) and split ones (F, I, W)."""
     stage = backend.place(stage)
     for parameter in stage.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    compute = StageCompute(stage, backend, precision=precision, num_microbatches=1)
+    ways = {
+        way: StageCompute(stage, backend, precision=precision, num_microbatches=1, splits=way == "split")
+        for way in ("whole", "split")
+    }
     shape = boundary_shape(stage.config, microbatch)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(stage.config.vocab_size, shape[:2], generator=generator)
-    x = backend.to_device(torch.randn(shape, generator=generator).to(boundary_dtype(precision)))
-    gradient = x * 1e-3
-    forward_s, backward_s = [], []
-    with compute.context():
+    boundary = backend.to_device(torch.randn(shape, generator=generator).to(boundary_dtype(precision)))
+    x, gradient = (ids if stage.is_first else boundary), (None if stage.is_last else boundary * 1e-3)
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+
+    def run(way: str, kind: str, act: Callable[[], object], *, counts: bool) -> None:
+        backend.synchronize()
+        start_s = clock()
+        act()
+        backend.synchronize()
+        if counts:
+            seconds[way, kind].append(clock() - start_s)
+
+    with ways["whole"].context():
         for turn in range(_WARM_UPS + rounds):
-            backend.synchronize()
-            start_s = clock()
-            compute.forward(0, ids if compute.is_first else x, ids)
-            backend.synchronize()
-            middle_s = clock()
-            compute.backward(0, None if compute.is_last else gradient)
-            backend.synchronize()
-            if turn >= _WARM_UPS:
-                forward_s.append(middle_s - start_s)
-                backward_s.append(clock() - middle_s)
-    compute.take_loss()
-    return median(forward_s), median(backward_s)
+            for way, compute in ways.items():
+                one = partial(run, way, counts=turn >= _WARM_UPS)
+                one("F", partial(compute.forward, 0, x, ids))
+                if way == "whole":
+                    one("B", partial(compute.backward, 0, gradient))
+                else:
+                    one("I", partial(compute.backward_input, 0, gradient))
+                    one("W", partial(compute.backward_weight, 0))
+                compute.take_loss()
+    return {key: median(found) for key, found in seconds.items()}
 
 
 def _measure_update(stage: Stage, rounds: int, clock: Callable[[], float]) -> float:
