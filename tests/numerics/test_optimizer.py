@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from hybrid.config import OptimizerConfig
-from hybrid.runtime.optimizer import AdamW, clip_coefficient, global_norm, learning_rate, squared_norm
+from hybrid.runtime.optimizer import (
+    BLOCK,
+    AdamW,
+    block_squares,
+    clip_coefficient,
+    global_norm,
+    learning_rate,
+    squared_norm,
+    sum_in_order,
+)
 
 CONFIG = OptimizerConfig(learning_rate=0.01, warmup_steps=2, beta1=0.9, beta2=0.95, weight_decay=0.1, clip_norm=None)
 SHAPES = {"matrix": (17, 9), "vector": (33,), "wide": (3, 5000)}
@@ -181,3 +190,32 @@ def test_squares_that_overflow_float32_are_still_summed():
 )
 def test_the_clipping_coefficient(norm, limit, wanted):
     assert clip_coefficient(norm, limit) == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("clip_norm", [None, 0.1])
+def test_owners_of_parts_update_the_bits_of_an_update_of_the_whole(dtype, clip_norm):
+    chance = torch.Generator().manual_seed(5)
+    config = OptimizerConfig(clip_norm=clip_norm)
+    size = 3 * BLOCK + 1237
+    first = torch.randn(size, generator=chance, dtype=dtype).view(1, -1)
+    parts = (slice(0, BLOCK), slice(BLOCK, 3 * BLOCK), slice(3 * BLOCK, size))
+    whole = first.clone().requires_grad_()
+    copies = [first.clone().requires_grad_() for _ in parts]
+    one = AdamW({"w": whole}, config, 10)
+    owners = [AdamW({"w": copy}, config, 10, {"w": part}) for copy, part in zip(copies, parts, strict=True)]
+    for step in range(5):
+        grad = torch.randn(size, generator=chance, dtype=dtype).view(1, -1)
+        for parameter, optimizer in zip((whole, *copies), (one, *owners), strict=True):
+            parameter.grad = grad.clone()
+            optimizer.step(step, 2.0)
+        for copy, part, owner in zip(copies, parts, owners, strict=True):
+            assert torch.equal(copy.view(-1)[part], whole.view(-1)[part])
+            assert owner.state()["w"]["exp_avg"].numel() == part.stop - part.start
+
+
+def test_the_norm_of_parts_in_their_order_is_the_norm_of_the_whole():
+    x = torch.randn(5 * BLOCK + 77)
+    parts = [block_squares(x[: 2 * BLOCK]), block_squares(x[2 * BLOCK : 3 * BLOCK]), block_squares(x[3 * BLOCK :])]
+    assert sum_in_order(parts) == squared_norm([x])
+    assert sum_in_order(parts) == pytest.approx(float(x.double().square().sum()))
