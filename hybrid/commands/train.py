@@ -36,11 +36,12 @@ def run_train(
 ) -> None:
     """Train a job; progress goes to standard error under --json, so that standard output holds the summary alone."""
     job = read_job(path, overrides)
-    _check_words(job, reference=reference, plan_file=plan_file, address=address)
+    _check_words(job, reference=reference, address=address)
     console = Console(stderr=as_json)
     if reference:
+        plan = None if plan_file is None else plan_of(*fleet_of(job, None), plan_file)
         with open_progress(console, job, num_ranks=1, quiet=as_json) as sink:
-            summary = train_in_one_process(job, resume=resume, sink=sink, started_s=started_s)
+            summary = train_in_one_process(job, resume=resume, sink=sink, started_s=started_s, plan=plan)
     else:
         if address is not None:
             check_address(address)
@@ -63,12 +64,8 @@ def run_train(
         print_summary(summary, console)
 
 
-def _check_words(job: JobConfig, *, reference: bool, plan_file: Path | None, address: str | None) -> None:
+def _check_words(job: JobConfig, *, reference: bool, address: str | None) -> None:
     """Refuse words that would be without effect: who writes them expects one."""
-    if reference and plan_file is not None:
-        raise ConfigError(
-            "--reference runs in one process, without a plan", value=f"--plan {plan_file}", fix="give one"
-        )
     if address is not None and (reference or job.runtime.placement == "threads"):
         raise ConfigError(
             f"{'--reference' if reference else 'runtime.placement: threads'} runs in this process, on no cluster",

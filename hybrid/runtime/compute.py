@@ -45,7 +45,8 @@ class StageCompute:
     Args:
         stage: contiguous layers of the model, with parameters in the master format.
         precision: compute format; callers hold `context()` open around a step.
-        num_microbatches: the step's loss is the mean over them, so each loss is divided by it.
+        num_microbatches: of this size, in the whole step, all replicas together; the step's loss is the mean over the
+            samples, so each microbatch's loss is divided by it. A fraction where other replicas' sizes do not fit.
         saved_bytes: what one microbatch holds from forward to backward; counted into the backend's memory.
         splits: backwards may come in two parts. Not for a stage that is compiled: its `backward_input` is the whole
             backward and its `backward_weight` does nothing.
@@ -58,7 +59,7 @@ class StageCompute:
         backend: Backend,
         *,
         precision: Precision,
-        num_microbatches: int,
+        num_microbatches: float,
         saved_bytes: int = 0,
         splits: bool = False,
         recompute: bool = False,
@@ -154,7 +155,10 @@ class StageCompute:
         return self.stage.loss(out, targets)
 
     def take_loss(self) -> float | None:
-        """Return the step's loss, the mean over its microbatches summed in their order in float64; last stage only."""
+        """Return this replica's share of the step's loss, summed over its microbatches in their order in float64.
+
+        Last stage only; of one replica it is the step's mean loss.
+        """
         if not self.is_last:
             return None
         total = 0.0

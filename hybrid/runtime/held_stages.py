@@ -14,7 +14,8 @@ from hybrid.backends.base import Backend
 from hybrid.backends.number_emulation import emulate_matmuls
 from hybrid.models.stage import Stage, build_stage, named_state, parameter_dtype
 from hybrid.runtime.compute import StageCompute
-from hybrid.runtime.optimizer import AdamW
+from hybrid.runtime.optimizer import STATE_NAMES, AdamW
+from hybrid.runtime.ownership import owned_slices, shared_layers
 from hybrid.runtime.placement import WorkerSpec
 from hybrid.runtime.stage_numerics import declared_numerics
 from hybrid.runtime.stage_state import StageState, squares_of_layers
@@ -46,8 +47,8 @@ def _build(spec: WorkerSpec, plan: StagePlan, backend: Backend) -> HeldStage:
     job = spec.job
     dtype = parameter_dtype(job.precision)
     stage = build_stage(job.model, plan.first_layer, plan.end_layer, seed=job.seed, dtype=dtype)
-    state_bytes = sum(p.numel() * p.element_size() for p in stage.parameters()) * 4
-    backend.allocate(state_bytes, "weights, gradients and optimizer state")
+    owned = owned_slices(shared_layers(job, spec.plan, spec.rank), stage)
+    backend.allocate(_state_bytes(stage, owned), "weights, gradients and optimizer state")
     stage = backend.place(stage)
     numerics = declared_numerics(job, island=plan.island, chip=spec.chip, backend=plan.backend)
     if numerics is not None:
@@ -57,13 +58,21 @@ def _build(spec: WorkerSpec, plan: StagePlan, backend: Backend) -> HeldStage:
         stage,
         backend,
         precision=job.precision,
-        num_microbatches=replica.num_microbatches,
+        num_microbatches=spec.plan.global_batch / replica.microbatch,
         # A compiled backward is one function: its two parts cannot come apart.
         splits=not job.runtime.compile and splits_backward(replica.build_schedule(), plan.stage),
         recompute=plan.recompute,
     )
-    optimizer = AdamW(named_state(stage), job.optimizer, job.steps)
+    optimizer = AdamW(named_state(stage), job.optimizer, job.steps, owned)
     return HeldStage(plan=plan, stage=stage, compute=compute, optimizer=optimizer, state=StageState(stage, optimizer))
+
+
+def _state_bytes(stage: Stage, owned: Mapping[str, slice] | None) -> int:
+    """Return the bytes of weights and gradients, and of the moments of what the rank owns."""
+    size_of_element = next(stage.parameters()).element_size()
+    elements = sum(p.numel() for p in stage.parameters())
+    moments = elements if owned is None else sum(part.stop - part.start for part in owned.values())
+    return size_of_element * (2 * elements + len(STATE_NAMES) * moments)
 
 
 def splits_backward(schedule: Schedule, stage: int) -> bool:

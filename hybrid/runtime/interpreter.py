@@ -69,6 +69,7 @@ class Interpreter:
         seconds_of: what the cost table says an action takes on the real chip.
         timeout_s: the longest silence of a peer that is waited out.
         link_of_rank: the emulated link to a peer, where both ends are emulated chips.
+        on_stage_done: told of each stage when its last backward of the step has run here; its gradients are whole.
     """
 
     def __init__(
@@ -83,9 +84,13 @@ class Interpreter:
         seconds_of: Callable[[Action], float],
         timeout_s: float,
         link_of_rank: Mapping[int, EmulatedLink] | None = None,
+        on_stage_done: Callable[[int], None] | None = None,
     ) -> None:
+        self._on_stage_done = on_stage_done
         self._links = link_of_rank or {}
         self._actions = schedule.actions_of_rank[rank]
+        last_of_stage = {a.stage: a for a in self._actions if a.kind in (Kind.B, Kind.W)}
+        self._last_backwards = frozenset(last_of_stage.values())
         self._rank_of_stage = schedule.rank_of_stage
         self._compute = compute_of_stage
         self._backend = next(iter(compute_of_stage.values())).backend
@@ -110,6 +115,8 @@ class Interpreter:
         with next(iter(self._compute.values())).context():
             for action in self._actions:
                 self._do(action, step, batch, record)
+                if self._on_stage_done is not None and action in self._last_backwards:
+                    self._on_stage_done(action.stage)
         # Sends of the step before have had a whole step to leave; these must have.
         while earlier:
             self._end_send(*earlier.popleft())

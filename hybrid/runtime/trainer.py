@@ -299,8 +299,14 @@ def summarise(
     return summary
 
 
-def train_in_one_process(job: JobConfig, *, resume: Path | None, sink: Sink, started_s: float) -> Summary:
-    """Train the job by the reference: one process, no pipeline, no Ray; raises what `train` does."""
+def train_in_one_process(
+    job: JobConfig, *, resume: Path | None, sink: Sink, started_s: float, plan: Plan | None = None
+) -> Summary:
+    """Train the job by the reference: one process, no pipeline, no Ray; raises what `train` does.
+
+    Args:
+        plan: whose replicas' order of sums to follow.
+    """
     profile = build_profile(job.model, microbatch=job.batch.microbatch, precision=job.precision)
     state_bytes = sum(layer.num_parameters for layer in profile.layers) * profile.bytes_per_parameter
     held_bytes = sum(layer.saved_activation_bytes for layer in profile.layers)
@@ -316,7 +322,8 @@ def train_in_one_process(job: JobConfig, *, resume: Path | None, sink: Sink, sta
     try:
         run.phase("data ready")
         from_path = None if found is None else found.path
-        train_reference(job, tokens, run_dir=run.folder, resume=from_path, sink=run.sink)
+        replicas = None if plan is None else plan.replicas
+        train_reference(job, tokens, run_dir=run.folder, resume=from_path, sink=run.sink, replicas=replicas)
         return summarise(job, run, tokens, predicted_step_s=None, time_scale=0.0, peak_bytes=())
     except UserError as error:
         raise run.refused(error, resume) from None

@@ -44,8 +44,11 @@ from hybrid.runtime.messages import (
     StepReport,
     Welcome,
 )
+from hybrid.runtime.open_replicas import build_replicas, load_lost, open_groups, write_shared
 from hybrid.runtime.optimizer import global_norm, learning_rate
+from hybrid.runtime.ownership import shared_layers
 from hybrid.runtime.placement import WorkerSpec
+from hybrid.runtime.replicas import Replicas
 from hybrid.runtime.stage_state import is_due
 from hybrid.runtime.warmup import first_calls_of, warm_up
 from hybrid.runtime.worker_data import batch_of, tokens_of
@@ -130,6 +133,7 @@ class Worker:
             before_each=self._check_not_aborted,
         )
         self._links = emulated_links(self._replica, self._own)
+        self._join_replicas(welcome)
         self._make_ready()
         start = cast(Start, self._control.await_order(Start, timeout_s=_patience_s(job)))
         if isinstance(self._backend, EmulatedBackend):
@@ -142,6 +146,16 @@ class Worker:
         stats = self._backend.memory_stats()
         self._control.tell(Finished(rank=spec.rank, peak_bytes=stats.device_peak_bytes or stats.peak_bytes))
         self._control.await_order(Shutdown, timeout_s=self._timeout_s)
+
+    def _join_replicas(self, welcome: Welcome) -> None:
+        """Open what joins this rank to the other replicas, where there are any."""
+        spec, self._replicas = self._spec, cast(Replicas | None, None)
+        shared = shared_layers(self._job, spec.plan, spec.rank)
+        if shared:
+            groups = open_groups(shared, self._node, welcome.address_of_rank, timeout_s=self._timeout_s)
+            self._replicas = build_replicas(spec, self._held, shared, groups)
+            if spec.resume is not None:
+                load_lost(self._replicas, spec.resume)
 
     def _make_ready(self) -> None:
         """Compile, warm up, lower the schedule, and tell what the stages cost here."""
@@ -161,6 +175,7 @@ class Worker:
             seconds_of=replica.seconds_of,
             timeout_s=self._timeout_s,
             link_of_rank=self._links,
+            on_stage_done=None if self._replicas is None else self._replicas.stage_done,
         )
         allocated_bytes = self._backend.memory_stats().allocated_bytes
         self._control.tell(Ready(rank=self._spec.rank, seconds_of=seconds_of, allocated_bytes=allocated_bytes))
@@ -191,6 +206,8 @@ class Worker:
             raise TrainingDiverged.at(step, loss, norm)
         for one in self._held:
             one.optimizer.step(step, norm)
+        if self._replicas is not None:
+            self._replicas.spread()
         self._report(step, record, loss, norm, time.monotonic() - started_s)
 
     def _reduce(self, step: int) -> tuple[float, float]:
@@ -198,9 +215,14 @@ class Worker:
         home = self._replica.rank_of_stage
         other_end = self._edges.get(home[0] if home[-1] == self._own else home[-1])
         add_tied_gradients(self._job.model, self._parameters, other_end, step=step, timeout_s=self._timeout_s)
+        own_loss = self._held[-1].compute.take_loss()
+        if self._replicas is None:
+            squares = squares_of(self._held)
+        else:
+            squares, own_loss = self._replicas.reduce(own_loss)
         shared, loss = share_squares(
-            squares_of(self._held),
-            self._held[-1].compute.take_loss(),
+            squares,
+            own_loss,
             rank=self._own,
             num_ranks=len(self._replica.groups),
             num_layers=self._job.model.num_layers,
@@ -234,6 +256,8 @@ class Worker:
             self._write_checkpoint(steps_done)
 
     def _evaluate(self, steps_done: int) -> None:
+        if self._replica.replica != 0:
+            return  # all replicas hold the same bits
         loss = evaluate(
             self._held,
             self._edges,
@@ -249,7 +273,10 @@ class Worker:
 
     def _write_checkpoint(self, steps_done: int) -> None:
         folder = checkpoint.checkpoint_folder(self._spec.run_dir, steps_done)
-        facts = {name: fact for one in self._held for name, fact in one.state.write(folder).items()}
+        if self._replicas is None:
+            facts = {name: fact for one in self._held for name, fact in one.state.write(folder).items()}
+        else:
+            facts = write_shared(self._replicas, self._held, folder)
         files = {name: (fact.size_bytes, fact.sha256) for name, fact in facts.items()}
         self._control.tell(CheckpointPart(rank=self._spec.rank, steps_done=steps_done, files=files))
 
