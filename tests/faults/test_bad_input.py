@@ -179,7 +179,7 @@ WRONG_WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("No such command 'trian'", "valid: doctor, plan, train", "Did you mean 'train'?"),
     ),
     "no such option": ("train job.yaml --bogus", ("No such option: --bogus", "valid: --address, --reference")),
-    "no such bench": ("bench speed", ("No such command 'speed'", "valid: kernels,")),
+    "no such bench": ("bench speed", ("No such command 'speed'", "kernels,")),
     "override without a value": ("plan job.yaml --set steps", ("an override is KEY=VALUE (got 'steps')",)),
     "override without a key": ("plan job.yaml --set =5", ("an override is KEY=VALUE (got '=5')",)),
     "override of no mapping": ("plan job.yaml --set modle.num_blocks=3", ("no mapping modle", "Did you mean model?")),
