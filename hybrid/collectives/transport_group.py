@@ -142,6 +142,14 @@ class TransportGroup(Group):
         parts = [(each, flat(each.x)) for each in operations]
         return self._progress.submit_loose(self._transfer(parts), tuple(each.peer for each in operations))
 
+    def run(self, build: Callable[[int], Iterator[Pending]]) -> Work:
+        """Queue an operation of a group that holds this one, in the order of the calls.
+
+        Args:
+            build: returns, for the operation's number, what it waits for one after the other.
+        """
+        return self._progress.submit(build)
+
     def close(self) -> None:
         self._progress.close()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,9 +17,11 @@ import torch
 
 from hybrid.collectives import Group, Work, open_edges
 from hybrid.collectives.choose import DEFAULT_TABLE, Row
+from hybrid.collectives.shm_group import ShmGroup
 from hybrid.collectives.transport_group import TransportGroup
 from hybrid.errors import CommTimeout, HybridError
 from hybrid.transports import open_node
+from hybrid.transports.base import Transport
 
 T = TypeVar("T")
 
@@ -48,6 +50,15 @@ class World(ABC):
     @abstractmethod
     def lose(self, rank: int) -> None:
         """Let a rank vanish without a word, as if it had been killed."""
+
+
+class MakeGroup(Protocol):
+    """Makes one end of a group over edges; see `TransportGroup`."""
+
+    def __call__(
+        self, *, rank: int, ranks: Sequence[int], edges: Mapping[int, Transport], name: str, timeout_s: float
+    ) -> Group:
+        """Return the end of the member at position `rank`."""
 
 
 class OpenWorld(Protocol):
@@ -173,8 +184,8 @@ def expect(*errors: type[HybridError], otherwise: str) -> Iterator[None]:
 class TransportWorld(World):
     """Ranks whose groups go over the transports of one variant."""
 
-    def __init__(self, variant: str, size: int, *, timeout_s: float, table: Sequence[Row], link: str) -> None:
-        self._timeout_s, self._table, self._link = timeout_s, table, link
+    def __init__(self, variant: str, size: int, *, timeout_s: float, make_group: MakeGroup) -> None:
+        self._timeout_s, self._make_group = timeout_s, make_group
         self._num_groups = 0
         self.nodes = [open_node(variant, rank) for rank in range(size)]
         addresses = {node.rank: node.address for node in self.nodes}
@@ -185,14 +196,12 @@ class TransportWorld(World):
     def open(self, ranks: Sequence[int]) -> list[Group]:
         self._num_groups += 1
         return [
-            TransportGroup(
+            self._make_group(
                 rank=position,
                 ranks=ranks,
                 edges={at: self._edges[rank][peer] for at, peer in enumerate(ranks) if peer != rank},
                 name=f"group {self._num_groups}",
                 timeout_s=self._timeout_s,
-                table=self._table,
-                link=self._link,
             )
             for position, rank in enumerate(ranks)
         ]
@@ -208,7 +217,18 @@ def open_transport_world(
 ) -> Iterator[World]:
     """Yield a world over one variant of `hybrid.transports`, for example `partial(open_transport_world, "inproc")`."""
     with ExitStack() as stack:
-        world = TransportWorld(variant, size, timeout_s=timeout_s, table=table, link=link)
+        make_group = partial(TransportGroup, table=table, link=link)
+        world = TransportWorld(variant, size, timeout_s=timeout_s, make_group=make_group)
+        for node in world.nodes:
+            stack.callback(node.close)
+        yield world
+
+
+@contextmanager
+def open_shm_world(size: int, *, timeout_s: float) -> Iterator[World]:
+    """Yield a world of ranks that share memory."""
+    with ExitStack() as stack:
+        world = TransportWorld("shm", size, timeout_s=timeout_s, make_group=ShmGroup)
         for node in world.nodes:
             stack.callback(node.close)
         yield world

@@ -17,6 +17,7 @@ VARIANTS: dict[str, str] = {
     "inproc": "hybrid.transports.inproc:open_inproc_node",
     "shm": "hybrid.transports.shm:open_shm_node",
     "zmq-tcp": "hybrid.transports.zmq:open_tcp_node",
+    "zmq-curve": "hybrid.transports.zmq:open_curve_node",
     "zmq-ipc": "hybrid.transports.zmq:open_ipc_node",
     "tcp": "hybrid.transports.tcp:open_tcp_node",
     "tcp-sealed": "hybrid.transports.tcp:open_sealed_tcp_node",

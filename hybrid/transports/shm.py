@@ -20,9 +20,10 @@ from contextlib import suppress
 from typing import final
 
 from hybrid.errors import CommTimeout, MachineError, PeerLost, ProtocolError
+from hybrid.host_memory import check_memory
 from hybrid.transports.base import DEFAULT_WINDOW_BYTES, MIN_WINDOW_BYTES, Transport, TransportNode
 from hybrid.transports.shm_edge import ShmTransport
-from hybrid.transports.shm_segment import Layout, check_segment, create_segment
+from hybrid.transports.shm_segment import Layout, create_segment
 from hybrid.transports.zmq_engine import Engine
 from hybrid.wire import PROTOCOL_VERSION, Attach, Hello, Refusal, decode_header, encode_header
 
@@ -141,7 +142,7 @@ class ShmNode(TransportNode):
         if not MIN_WINDOW_BYTES <= knock.answer.window_bytes <= self._window_bytes:
             raise ProtocolError(f"rank {peer} answers with another window", value=knock.answer.window_bytes)
         layout = Layout(knock.answer.window_bytes)
-        check_segment(knock.memory_fd, layout)
+        check_memory(knock.memory_fd, layout.size_bytes)
         line = knock.keep_line()
         edge = ShmTransport(self._engine, line, knock.memory_fd, layout, rank=self.rank, peer=peer)
         edge.met = True

@@ -14,6 +14,7 @@ from copy import copy
 from typing import final
 
 from hybrid.errors import CommError, CommTimeout, PeerLost, ProtocolError
+from hybrid.host_memory import fence
 from hybrid.transports.base import (
     MESSAGE_OVERHEAD_BYTES,
     Buffer,
@@ -28,7 +29,7 @@ from hybrid.transports.lending import Lender, Lent
 from hybrid.transports.matching import Matcher
 from hybrid.transports.shm_arena import Arena, aligned
 from hybrid.transports.shm_message import Incoming, Outgoing, Receive
-from hybrid.transports.shm_segment import Layout, Segment, fence
+from hybrid.transports.shm_segment import Layout, Segment
 from hybrid.transports.zmq_engine import Engine
 from hybrid.wire import MessageHeader, decode_header
 

@@ -1,36 +1,25 @@
-"""The shared memory of one edge: a nameless file that lives as long as a process has it mapped.
+"""The shared memory of one edge: which bytes are whose, and how one end shows the other what it wrote.
 
-`memfd_create` makes it, a Unix socket carries its descriptor to the peer: there is no name that a killed process
-could leave behind, and the kernel frees the memory with the last of the two. Sealed, so that nobody can shorten it
-under the other's feet. Each direction has an arena for the bytes, a ring of notes (what lies where) from sender to
-receiver, and a ring of returns (what may be used again) back; a counter in shared memory says how many were written.
-
-Order: a counter is written after what it counts. x86-64 shows stores in order; `fence` is for where a load must
-not pass a store, and on other processors for every counter. May import only `errors` and this folder.
+The memory is nameless (`hybrid.host_memory`), and a Unix socket carries its descriptor to the peer. Each direction
+has an arena for the bytes, a ring of notes (what lies where) from sender to receiver, and a ring of returns (what may
+be used again) back; a counter in shared memory, written after what it counts, says how many there are.
+May import only `errors`, `host_memory` and this folder.
 """
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import mmap
-import os
-import platform
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import final
 
 import numpy as np
 
-from hybrid.errors import MachineError, ProtocolError
+from hybrid.errors import ProtocolError
+from hybrid.host_memory import create_memory, publish_fence
 from hybrid.transports.base import MESSAGE_OVERHEAD_BYTES
 from hybrid.transports.shm_arena import aligned
 
 _PIECE_BYTES, _NEAR_BYTES = 1 << 20, 256 << 10
-
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if hasattr(fcntl, "F_SEAL_SEAL") else 0
 _PAGE_BYTES = mmap.PAGESIZE
 _LINE_WORDS = 16
 """Counters of different writers lie two cache lines apart: neighbours are fetched in pairs."""
@@ -85,36 +74,8 @@ def _pages(size_bytes: int) -> int:
 
 
 def create_segment(layout: Layout) -> int:
-    """Return the descriptor of a new segment.
-
-    Raises:
-        MachineError: no memfd on this system, or no memory.
-    """
-    try:
-        fd = os.memfd_create("hybrid-shm", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    except (AttributeError, OSError) as error:
-        raise MachineError(f"no shared memory here: {error}", fix="use a Linux kernel, or the zmq transport") from None
-    try:
-        os.ftruncate(fd, layout.size_bytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except OSError as error:
-        os.close(fd)
-        raise MachineError(f"no shared memory of {layout.size_bytes} bytes: {error.strerror}") from None
-    return fd
-
-
-def check_segment(fd: int, layout: Layout) -> None:
-    """Go on only if the peer's segment is one that `create_segment` made.
-
-    Raises:
-        ProtocolError: of another size, or one that can be shortened.
-    """
-    try:
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError:
-        seals = 0
-    if seals & _SEALS != _SEALS or os.fstat(fd).st_size != layout.size_bytes:
-        raise ProtocolError("the peer's shared memory is not of this protocol", valid=f"{layout.size_bytes} bytes")
+    """Return the descriptor of a new segment; see `create_memory`."""
+    return create_memory(layout.size_bytes, "hybrid-shm")
 
 
 @final
@@ -155,14 +116,13 @@ class Lane:
         self._notes_at = 4 * _LINE_WORDS
         self._returns_at = self._notes_at + num_notes * _NOTE_WORDS
         self._written = self._read = 0
-        self._publish_fence = fence if platform.machine() not in ("x86_64", "AMD64") else _no_fence
 
     def note(self, offset: int, size_bytes: int, record_bytes: int) -> None:
         """Show the receiver `size_bytes` at `offset`, that begin with a record or go on with a payload (0)."""
         words, at = self._words, self._notes_at + self._written % self._num_notes * _NOTE_WORDS
         words[at], words[at + 1], words[at + 2] = offset, size_bytes, record_bytes
         self._written += 1
-        self._publish_fence()
+        publish_fence()
         words[0] = self._written
 
     def noted(self) -> tuple[int, int, int] | None:
@@ -175,7 +135,7 @@ class Lane:
         ahead = words[0] - self._read
         if ahead == 0:
             return None
-        self._publish_fence()
+        publish_fence()
         at = self._notes_at + self._read % self._num_notes * _NOTE_WORDS
         offset, size_bytes, record_bytes = words[at], words[at + 1], words[at + 2]
         if not 0 < ahead <= self._num_notes or offset + size_bytes > self.data.nbytes or record_bytes > size_bytes:
@@ -188,7 +148,7 @@ class Lane:
         words = self._words
         words[self._returns_at + self._written % self._num_notes] = offset
         self._written += 1
-        self._publish_fence()
+        publish_fence()
         words[_LINE_WORDS] = self._written
 
     def returned(self) -> int | None:
@@ -201,7 +161,7 @@ class Lane:
         ahead = words[_LINE_WORDS] - self._read
         if ahead == 0:
             return None
-        self._publish_fence()
+        publish_fence()
         if not 0 < ahead <= self._num_notes:
             raise ProtocolError("the peer gave back more than it was given", value=ahead)
         offset: int = words[self._returns_at + self._read % self._num_notes]
@@ -251,36 +211,3 @@ def copy_bytes(target: memoryview, source: memoryview) -> None:
         target[:] = source
     else:
         np.copyto(np.frombuffer(target, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
-
-
-_LOCK = threading.Lock()
-
-
-def _no_fence() -> None:
-    """Nothing: stores are seen in the order in which they are made."""
-
-
-def fence() -> None:
-    """Let no load after it pass a store before it.
-
-    Taking a lock is a locked instruction, which x86-64 does not move a load across; elsewhere a real fence is called.
-    """
-    _fence()()
-
-
-@cache
-def _fence() -> Callable[[], object]:
-    if platform.machine() in ("x86_64", "AMD64"):
-
-        def locked() -> None:
-            with _LOCK:
-                pass
-
-        return locked
-    try:
-        thread_fence = ctypes.CDLL("libatomic.so.1").atomic_thread_fence
-    except (OSError, AttributeError):
-        raise MachineError(
-            f"no memory fence for {platform.machine()}", fix="install libatomic (libatomic1), or use the zmq transport"
-        ) from None
-    return lambda: thread_fence(5)

@@ -6,27 +6,22 @@ listens. The lower rank knocks and dials. May import only `errors`, `wire`, zmq 
 
 from __future__ import annotations
 
-import hmac
-import logging
-import secrets
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import final
 
 import zmq
 
-from hybrid.errors import CommTimeout, MachineError, PeerLost, ProtocolError
+from hybrid.errors import CommTimeout, PeerLost, ProtocolError
 from hybrid.transports.base import DEFAULT_WINDOW_BYTES, Transport, TransportNode
+from hybrid.transports.zmq_door import Door, Knock
 from hybrid.transports.zmq_edge import ZmqTransport
 from hybrid.transports.zmq_engine import Engine
+from hybrid.transports.zmq_gate import make_keys, split_key
 from hybrid.transports.zmq_memory import keep_freed_memory
-from hybrid.transports.zmq_socket import Context, ZmqOptions, bind, fd_of, open_edge_socket, open_socket
-from hybrid.wire import PROTOCOL_VERSION, Hello, Refusal, Welcome, decode_header, encode_header
+from hybrid.transports.zmq_socket import Context, Socket, ZmqOptions, open_edge_socket
+from hybrid.wire import PROTOCOL_VERSION, Hello, Refusal, Welcome
 
-_LOG = logging.getLogger(__name__)
-_MAX_HELLO_BYTES = 4096
-_ANSWER_LINGER_MS = 200
 _ATTEMPT_S = 2.0
 """Who was welcomed but met nobody on the edge's socket within this knocks again."""
 
@@ -34,8 +29,18 @@ _ATTEMPT_S = 2.0
 def open_tcp_node(
     rank: int, *, host: str = "127.0.0.1", port: int = 0, token: bytes = b"", window_bytes: int = DEFAULT_WINDOW_BYTES
 ) -> ZmqNode:
-    """Return a node that listens on `host`; the token and all traffic travel in the clear."""
+    """Return a node that listens on `host`; encrypted (CURVE) unless that is a loopback address of this host."""
     return ZmqNode(rank, ZmqOptions(medium="tcp", host=host, port=port, token=token, window_bytes=window_bytes))
+
+
+def open_curve_node(
+    rank: int, *, host: str = "127.0.0.1", port: int = 0, token: bytes = b"", window_bytes: int = DEFAULT_WINDOW_BYTES
+) -> ZmqNode:
+    """Return a node whose every edge is encrypted (CURVE), also inside one host."""
+    return ZmqNode(
+        rank,
+        ZmqOptions(medium="tcp", host=host, port=port, token=token, window_bytes=window_bytes, must_encrypt=True),
+    )
 
 
 def open_ipc_node(
@@ -56,16 +61,18 @@ class ZmqNode(TransportNode):
             keep_freed_memory()
         self._context: Context = zmq.Context()
         self._engine = Engine()
+        self._keys = make_keys(options.token)
         self._edges: list[ZmqTransport] = []
         self._closed = False
         try:
-            self._door = _Door(self._context, self._engine, rank, options)
+            self._door = Door(self._context, self._engine, rank, options, self._keys)
         except BaseException:
             self._context.destroy(0)
             raise
         self.address = self._door.address
         with self._engine.lock:
             self._engine.add(self._door)
+            self._engine.add(self._door.gate)
 
     @property
     def refused(self) -> tuple[str, ...]:
@@ -104,6 +111,7 @@ class ZmqNode(TransportNode):
                 return
             self._closed = True
             self._engine.remove(self._door)
+            self._engine.remove(self._door.gate)
             edges, self._edges = [*self._edges, *self._door.edges_of_rank.values()], []
             self._door.close()
         for edge in edges:
@@ -121,14 +129,19 @@ class ZmqNode(TransportNode):
 
     def _dial(self, peer: int, address: str, deadline_s: float) -> ZmqTransport | None:
         """Knock at the peer's door until an edge is met."""
+        endpoint, key = split_key(address)
+        if key is None and self._options.must_encrypt:
+            raise ProtocolError("an address without a key where encryption is demanded", value=address)
+
         while time.monotonic() < deadline_s:
-            welcome = self._knock(peer, address, deadline_s)
+            welcome = self._knock(peer, endpoint, key, deadline_s)
             if welcome is None:
                 return None
             with self._engine.lock:
                 if self._closed:
                     return None
                 socket = open_edge_socket(self._context, self._options)
+                self._keys.secure_dialer(socket, key, welcome.secret)
                 edge = ZmqTransport(
                     self._engine,
                     socket,
@@ -145,8 +158,11 @@ class ZmqNode(TransportNode):
             edge.close()
         return None
 
-    def _knock(self, peer: int, address: str, deadline_s: float) -> Welcome | None:
-        knock = _Knock(self._context, address, self._options)
+    def _knock(self, peer: int, address: str, key: bytes | None, deadline_s: float) -> Welcome | None:
+        def secure(opened: Socket) -> None:
+            self._keys.secure_dialer(opened, key, self._keys.door_word)
+
+        knock = Knock(self._context, address, self._options, secure)
         hello = Hello(PROTOCOL_VERSION, self.rank, peer, self._options.token)
         with self._engine.lock:
             knock.say(hello)
@@ -172,114 +188,3 @@ class ZmqNode(TransportNode):
 
 def _settled(edge: ZmqTransport) -> Callable[[], bool]:
     return lambda: edge.met or edge.failure is not None
-
-
-@final
-class _Door:
-    """Where peers knock: refuses strangers, and opens an edge's socket for each peer that it welcomes."""
-
-    def __init__(self, context: Context, engine: Engine, rank: int, options: ZmqOptions) -> None:
-        self.refused: deque[str] = deque(maxlen=16)
-        self.edges_of_rank: dict[int, ZmqTransport] = {}
-        """Edges that a peer has dialed and this rank has not opened yet."""
-        self._context, self._engine, self._rank, self._options = context, engine, rank, options
-        self._socket = open_socket(context, zmq.ROUTER, options)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_HELLO_BYTES)
-        self._socket.setsockopt(zmq.RCVHWM, 16)
-        self._socket.setsockopt(zmq.LINGER, _ANSWER_LINGER_MS)
-        self.address = bind(self._socket, options, port=options.port)
-        self.fds: tuple[int, ...] = (fd_of(self._socket),)
-        self._readable = True
-
-    def ready(self, fd: int) -> None:
-        self._readable = True
-
-    def move(self, enough: Callable[[], bool]) -> bool:
-        moved = False
-        while self._readable and not (moved and enough()):
-            try:
-                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                self._readable = False
-                break
-            moved = True
-            try:
-                self._welcome(identity, frames)
-            except (ProtocolError, MachineError) as refusal:
-                self.refused.append(refusal.fact)
-                _LOG.warning("rank %d refused who knocked: %s", self._rank, refusal.fact)
-                self._answer(identity, Refusal(refusal.fact))
-        return moved
-
-    def close(self) -> None:
-        self._readable = False
-        if not self._socket.closed:
-            self._socket.close()
-
-    def _welcome(self, identity: bytes, frames: list[bytes]) -> None:
-        hello = decode_header(frames[0] if len(frames) == 1 else b"")
-        if not isinstance(hello, Hello):
-            raise ProtocolError(f"a {type(hello).__name__} where a Hello belongs")
-        if hello.version != PROTOCOL_VERSION:
-            raise ProtocolError(f"protocol version {hello.version} where {PROTOCOL_VERSION} is spoken")
-        if not hmac.compare_digest(hello.token, self._options.token):
-            raise ProtocolError("another job's token")
-        if hello.to_rank != self._rank or hello.rank >= self._rank:
-            raise ProtocolError(f"rank {hello.rank} asks for rank {hello.to_rank} and this is rank {self._rank}")
-        earlier = self.edges_of_rank.pop(hello.rank, None)
-        if earlier is not None:
-            earlier.abandon()
-        socket = open_edge_socket(self._context, self._options)
-        try:
-            endpoint = bind(socket, self._options)
-        except MachineError:
-            socket.close()
-            raise
-        secret = secrets.token_bytes(16)
-        edge = ZmqTransport(self._engine, socket, peer=hello.rank, secret=secret, options=self._options)
-        self._engine.add(edge)
-        self.edges_of_rank[hello.rank] = edge
-        self._answer(identity, Welcome(endpoint, secret))
-
-    def _answer(self, identity: bytes, answer: Welcome | Refusal) -> None:
-        # A ROUTER drops what is addressed to someone who has left; it never blocks.
-        self._socket.send_multipart([identity, encode_header(answer)], zmq.NOBLOCK)
-        self._readable = True
-
-
-@final
-class _Knock:
-    """One question at a peer's door."""
-
-    def __init__(self, context: Context, address: str, options: ZmqOptions) -> None:
-        self.answer: object = None
-        self._socket = open_socket(context, zmq.DEALER, options)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_HELLO_BYTES)
-        try:
-            self._socket.connect(address)
-        except zmq.ZMQError as error:
-            self._socket.close()
-            raise ProtocolError(f"no address of this medium: {error.strerror}", value=address) from None
-        self.fds: tuple[int, ...] = (fd_of(self._socket),)
-
-    def say(self, hello: Hello) -> None:
-        self._socket.send(encode_header(hello), zmq.NOBLOCK)
-
-    def ready(self, fd: int) -> None:
-        """Nothing to note: there is one socket, and one message to come."""
-
-    def move(self, enough: Callable[[], bool]) -> bool:
-        if self.answer is not None:
-            return False
-        try:
-            frames = self._socket.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        try:
-            self.answer = decode_header(frames[0])
-        except ProtocolError as error:
-            self.answer = Refusal(error.fact)
-        return True
-
-    def close(self) -> None:
-        self._socket.close()

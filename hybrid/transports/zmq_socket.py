@@ -5,6 +5,7 @@ Only options and the monitor; no messages. May import only `errors`, `wire`, `tr
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import secrets
 import socket
@@ -39,6 +40,8 @@ class ZmqOptions:
     """0 takes a free one; only with tcp."""
     token: bytes = b""
     """The job's secret; who knocks without it is refused."""
+    must_encrypt: bool = False
+    """Encrypt on loopback addresses too; only with tcp. What leaves the host has no choice."""
     window_bytes: int = DEFAULT_WINDOW_BYTES
     frame_bytes: int = 2 << 20
     """Longer messages travel in frames of this."""
@@ -47,14 +50,29 @@ class ZmqOptions:
     heartbeat_s: float = 1.0
     lost_after_s: float = 5.0
     """A connection that is silent, heartbeats included, for this long is lost."""
+    handshake_s: float = 5.0
+    """How long a connection may take to become one; a stranger's is cut then."""
     linger_s: float = 2.0
     """How long a close may go on sending what was sent before it."""
     keep_freed_memory: bool = True
     """See `zmq_memory`; concerns the whole process."""
 
+    @property
+    def encrypted(self) -> bool:
+        """Whether who listens here demands CURVE: unless the kernel itself keeps what is said on this host."""
+        return self.medium == "tcp" and (self.must_encrypt or not is_loopback(self.host))
+
     def __post_init__(self) -> None:
         assert self.window_bytes >= MIN_WINDOW_BYTES, f"window_bytes is at least {MIN_WINDOW_BYTES}"
         assert 1 <= self.frame_bytes <= MAX_FRAME_BYTES, f"frame_bytes is 1 to {MAX_FRAME_BYTES}"
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a socket that is bound to, or dials, this address cannot leave this host; of a name: no."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def open_socket(context: Context, kind: int, options: ZmqOptions) -> Socket:
@@ -67,11 +85,14 @@ def open_socket(context: Context, kind: int, options: ZmqOptions) -> Socket:
     opened.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     opened.setsockopt(zmq.HEARTBEAT_IVL, max(int(options.heartbeat_s * 1000), 1))
     opened.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(int(options.lost_after_s * 1000), 1))
-    opened.setsockopt(zmq.HANDSHAKE_IVL, 10_000)
+    opened.setsockopt(zmq.HANDSHAKE_IVL, max(int(options.handshake_s * 1000), 1))
     if options.medium == "ipc":
         # The kernel tells who connects: another user's process never gets as far as the token.
         opened.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
-    elif ":" in options.host:
+        return opened
+    # A ping does not get past what waits to be sent: then the kernel must notice that the peer takes nothing.
+    opened.setsockopt(zmq.TCP_MAXRT, max(int(options.lost_after_s * 1000), 1))
+    if ":" in options.host:
         opened.setsockopt(zmq.IPV6, 1)
     return opened
 
@@ -133,7 +154,12 @@ class Monitor:
 
     def __init__(self, watched: Socket) -> None:
         self._watched = watched
-        self._events = watched.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        where = f"inproc://monitor-{secrets.token_hex(8)}"
+        watched.monitor(where, zmq.EVENT_DISCONNECTED)
+        self._events: Socket = watched.context.socket(zmq.PAIR)
+        # With a mark, libzmq's own thread would stand still, heartbeats and all, behind events that nobody looks at.
+        self._events.setsockopt(zmq.RCVHWM, 0)
+        self._events.connect(where)
         self.fd = fd_of(self._events)
 
     def lost_fds(self) -> Iterator[int]:

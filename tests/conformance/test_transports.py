@@ -11,6 +11,7 @@ KIT_OF_VARIANT = {
     "inproc": TransportKit(partial(open_node, "inproc"), processes=False),
     "shm": TransportKit(partial(open_node, "shm")),
     "zmq-tcp": TransportKit(partial(open_node, "zmq-tcp")),
+    "zmq-curve": TransportKit(partial(open_node, "zmq-curve")),
     "zmq-ipc": TransportKit(partial(open_node, "zmq-ipc")),
     "tcp": TransportKit(partial(open_node, "tcp")),
     "tcp-sealed": TransportKit(partial(open_node, "tcp-sealed")),

@@ -25,6 +25,7 @@ from hybrid.testing.transport_probe import measure_round_trip
 from hybrid.testing.transport_rig import Rig
 from hybrid.transports import Transport, open_node
 from hybrid.transports.zmq import ZmqNode
+from hybrid.transports.zmq_gate import make_keys
 from hybrid.transports.zmq_socket import ZmqOptions
 from hybrid.wire import (
     MAX_FRAME_BYTES,
@@ -51,14 +52,15 @@ class RawPeer:
     def __init__(self) -> None:
         self.context = zmq.Context()
 
-    def _socket(self, kind: int, address: str) -> zmq.Socket[bytes]:
+    def _socket(self, kind: int, address: str, word: bytes) -> zmq.Socket[bytes]:
         opened = self.context.socket(kind)
         opened.setsockopt(zmq.LINGER, 1000)
+        make_keys(b"t").secure_dialer(opened, None, word)
         opened.connect(address)
         return opened
 
     def knock(self, address: str, *frames: bytes) -> object:
-        door = self._socket(zmq.DEALER, address)
+        door = self._socket(zmq.DEALER, address, make_keys(b"t").door_word)
         door.send_multipart(frames)
         assert door.poll(5000), "the door did not answer"
         answer = decode_header(door.recv())
@@ -68,7 +70,7 @@ class RawPeer:
     def attach(self, address: str, *, secret: bytes | None = None) -> zmq.Socket[bytes]:
         welcome = self.knock(address, encode_header(Hello(PROTOCOL_VERSION, 0, 1, b"t")))
         assert isinstance(welcome, Welcome)
-        edge = self._socket(zmq.PAIR, welcome.endpoint)
+        edge = self._socket(zmq.PAIR, welcome.endpoint, welcome.secret)
         edge.send(encode_header(Attach(welcome.secret if secret is None else secret, WINDOW_BYTES)))
         return edge
 
@@ -238,14 +240,14 @@ def _ignore(call: object) -> None:
 
 
 def _stand_still(address: str, pipe: object) -> None:
-    node = ZmqNode(0, ZmqOptions(medium="ipc", heartbeat_s=0.1, lost_after_s=0.6))
+    node = ZmqNode(0, ZmqOptions(medium="tcp", heartbeat_s=0.1, lost_after_s=0.6))
     edge = node.open(1, address, timeout_s=30.0)
     edge.send("alive", []).wait(30.0)
     edge.recv("never", []).wait(60.0)
 
 
 def test_a_peer_that_stands_still_without_closing_is_lost() -> None:
-    node = ZmqNode(1, ZmqOptions(medium="ipc", heartbeat_s=0.1, lost_after_s=0.6))
+    node = ZmqNode(1, ZmqOptions(medium="tcp", heartbeat_s=0.1, lost_after_s=0.6))
     child = multiprocessing.get_context("spawn").Process(target=_stand_still, args=(node.address, None), daemon=True)
     child.start()
     try:
@@ -280,7 +282,7 @@ def test_a_host_that_is_not_here_is_the_machines_error(host: str) -> None:
 
 
 def test_an_unknown_transport_names_the_valid_ones() -> None:
-    with pytest.raises(ConfigError, match="inproc, zmq-tcp, zmq-ipc"):
+    with pytest.raises(ConfigError, match="zmq-tcp, zmq-curve, zmq-ipc"):
         open_node("carrier-pigeon", 0)
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE_ROOTS = {"hybrid": ROOT, "hybrid_kernels": ROOT / "kernels"}
 
 CONFIG = ("hybrid.config_base", "hybrid.config_planner", "hybrid.config")
-GROUND = ("hybrid.errors", "hybrid.complaints", "hybrid.marked_yaml", *CONFIG, "hybrid.wire")
+GROUND = ("hybrid.errors", "hybrid.complaints", "hybrid.marked_yaml", *CONFIG, "hybrid.wire", "hybrid.host_memory")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # A package or module of ours may import these of ours, and itself. What is not listed may import all.
     "hybrid.errors": (),
@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "hybrid.config_planner": ("hybrid.config_base",),
     "hybrid.config": ("hybrid.errors", "hybrid.complaints", "hybrid.marked_yaml", *CONFIG),
     "hybrid.wire": ("hybrid.errors",),
+    "hybrid.host_memory": ("hybrid.errors",),
     "hybrid.hardware": GROUND,
     "hybrid.transports": GROUND,
     "hybrid.scheduler": (*GROUND, "hybrid.hardware"),

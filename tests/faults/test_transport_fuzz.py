@@ -7,7 +7,7 @@ import pytest
 from hybrid.testing.transport_fuzz import FuzzReport, fuzz_node
 from hybrid.transports import VARIANTS, open_node
 
-OVER_TCP = [name for name in ("zmq-tcp", "tcp") if name in VARIANTS]
+OVER_TCP = [name for name in ("zmq-tcp", "zmq-curve", "tcp", "tcp-sealed") if name in VARIANTS]
 GROWTH_BYTES = 96 << 20
 
 
@@ -18,6 +18,7 @@ def check(report: FuzzReport, num_messages: int) -> None:
     assert report.num_honest > 0
     assert report.num_refused_kept <= 16
     assert report.growth_bytes < GROWTH_BYTES
+    assert report.left_fds == 0
 
 
 @pytest.mark.parametrize("variant", OVER_TCP)
