@@ -1,18 +1,22 @@
 """Collectives: operations among several ranks, of one vendor or of several, over transports or shared memory.
 
-`open_edges` and `open_group` make a group out of a rank's `TransportNode`. Imports a variant only when it is opened.
+`open_edges` and `open_group` make a group out of a rank's `TransportNode`; `open_island_group` makes one that goes by
+islands. Imports a variant only when it is opened.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from hybrid.collectives.base import Group, PointToPoint, ReduceOp, Work
 from hybrid.transports.base import Transport, TransportNode
 
-__all__ = ["Group", "PointToPoint", "ReduceOp", "Work", "open_edges", "open_group"]
+if TYPE_CHECKING:
+    from hybrid.collectives.codecs import Codec
+    from hybrid.collectives.transport_group import TransportGroup
 
-DEFAULT_TIMEOUT_S = 300.0
+__all__ = ["Group", "PointToPoint", "ReduceOp", "Work", "open_edges", "open_group", "open_island_group"]
 
 
 def open_edges(node: TransportNode, address_of_rank: Mapping[int, str], *, timeout_s: float) -> dict[int, Transport]:
@@ -40,7 +44,7 @@ def open_group(
     rank: int,
     *,
     name: str,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
+    timeout_s: float | None = None,
     link: str = "any",
 ) -> Group:
     """Return a group of some ranks over their edges; close it before the edges. Sends nothing yet.
@@ -51,7 +55,7 @@ def open_group(
         rank: this process's own rank, one of them.
         name: the same on every member, and of no other group that was ever opened over these edges; at most
             128 bytes of UTF-8, no slash.
-        timeout_s: of waits that name none.
+        timeout_s: of waits that name none; None derives it from how long they took before.
         link: the edges' variant (`zmq-tcp`, `shm`, ...), by which algorithms are chosen.
 
     Example:
@@ -61,6 +65,12 @@ def open_group(
         >>> group = open_group(edges, range(4), rank, name="world")      # doctest: +SKIP
         >>> group.all_reduce(gradient).wait()                            # doctest: +SKIP
     """
+    return _transport_group(edges, ranks, rank, name=name, timeout_s=timeout_s, link=link)
+
+
+def _transport_group(
+    edges: Mapping[int, Transport], ranks: Sequence[int], rank: int, *, name: str, timeout_s: float | None, link: str
+) -> TransportGroup:
     from hybrid.collectives.transport_group import TransportGroup
 
     position_of_rank = {member: position for position, member in enumerate(ranks)}
@@ -71,4 +81,64 @@ def open_group(
         name=name,
         timeout_s=timeout_s,
         link=link,
+    )
+
+
+def open_island_group(
+    edges: Mapping[int, Transport],
+    islands: Sequence[Sequence[int]],
+    rank: int,
+    inner: Group,
+    *,
+    name: str,
+    timeout_s: float | None = None,
+    link: str = "any",
+    bandwidth_of_rank: Mapping[int, float] | None = None,
+    codec: Codec | None = None,
+    num_lanes: int = 2,
+    chunk_bytes: int = 8 << 20,
+) -> Group:
+    """Return a group whose all-reduce sums inside each island first, then across over every rank's own link.
+
+    Closing it closes `inner` too. Its positions follow the islands' order: `[rank for island in islands for rank in
+    island]`.
+
+    Args:
+        edges: an open transport to every other rank, by rank.
+        islands: the ranks of each island; may be of unequal size.
+        rank: this process's own.
+        inner: a group of this rank's island, in its order: shared memory, or the vendor's (`NativeGroup`).
+        name, timeout_s, link: as for `open_group`.
+        bandwidth_of_rank: each rank's own link to the other islands, in whatever unit; None: all alike. The same on
+            every member.
+        codec: how float sums travel between islands; None: as they are.
+        num_lanes: chunks that are between the islands at once; two keep the links busy.
+        chunk_bytes: how much of a tensor is in one phase at a time.
+    """
+    from hybrid.collectives.hierarchical import HierarchicalGroup
+    from hybrid.collectives.striping import stripe
+
+    ranks = [member for island in islands for member in island]
+    places = [[ranks.index(member) for member in island] for island in islands]
+    weights = [1.0 if bandwidth_of_rank is None else bandwidth_of_rank[member] for member in ranks]
+    position = ranks.index(rank)
+
+    def group(members: Sequence[int], suffix: str) -> TransportGroup:
+        return _transport_group(edges, members, rank, name=name + suffix, timeout_s=timeout_s, link=link)
+
+    owners_of_mine = {piece.owners for piece in stripe(places, weights) if position in piece.owners}
+    return HierarchicalGroup(
+        flat=group(ranks, ""),
+        islands=places,
+        inner=inner,
+        cross={
+            owners: [
+                group([ranks[owner] for owner in owners], f":{'-'.join(map(str, owners))}:{lane}")
+                for lane in range(num_lanes)
+            ]
+            for owners in sorted(owners_of_mine)
+        },
+        weight_of_position=weights,
+        chunk_bytes=chunk_bytes,
+        codec=codec,
     )

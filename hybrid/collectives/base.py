@@ -107,7 +107,7 @@ class Group(ABC):
 
     @abstractmethod
     def reduce_scatter(self, out: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM) -> Work:
-        """Leave in `out` the reduction of every member's `inputs[rank]`.
+        """Leave in `out` the reduction of every member's `inputs[rank]`; `out` may be `inputs[rank]` itself.
 
         Shapes:
             inputs[i]: the shape of member i's `out`, on every member.

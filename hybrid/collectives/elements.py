@@ -19,7 +19,8 @@ _COMPLEX = (torch.complex64, torch.complex128)
 REDUCED = (torch.float64, torch.float32, *_NARROW, *_INTEGERS, *_COMPLEX)
 """The formats that can be reduced; any format can be moved."""
 
-_TILE_ELEMENTS = 32 << 10
+_TILE_ELEMENTS = 30 << 10
+"""Below what torch gives to its pool of threads, which every thread that calls it would get one of; stays in cache."""
 _FUNCTION: dict[ReduceOp, Callable[..., Tensor]] = {
     ReduceOp.SUM: torch.add,
     ReduceOp.AVG: torch.add,
@@ -74,9 +75,6 @@ def combine(op: ReduceOp, parts: Sequence[Tensor], out: Tensor) -> None:
         parts: each (N,), in `out`'s format or a narrower one.  out: (N,)
     """
     function = _FUNCTION[op]
-    if all(part.dtype == out.dtype for part in parts):
-        _fold(function, parts, out)
-        return
     for start in range(0, out.numel(), _TILE_ELEMENTS):
         # Two formats in one operation are many times slower than widening a tile that stays in cache.
         tile = slice(start, start + _TILE_ELEMENTS)

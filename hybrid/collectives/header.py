@@ -22,8 +22,8 @@ class Header:
 
     sequence: int
     operation: str
-    algorithm: str
     dtype: torch.dtype
+    algorithm: str = ""
     op: str = ""
     root: int = 0
     num_segments: int = 1

@@ -1,7 +1,7 @@
 """What moves a group's operations on: one after another, by the thread that waits or else by one of its own.
 
-Knows nothing of what an operation does: it is an iterator of transfers to wait for. May import only torch, `errors`,
-`transports.base`, `collectives.base` and `collectives.notices`.
+Knows nothing of what an operation does: it is an iterator of what to wait for. May import only torch, `errors`,
+`transports.arrival` and `collectives.base`.
 """
 
 from __future__ import annotations
@@ -11,27 +11,60 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from copy import copy
-from typing import final
+from typing import Protocol, final
 
 import torch
 
 from hybrid.collectives.base import Work
-from hybrid.collectives.notices import Notices
 from hybrid.errors import CommError, CommTimeout, PeerLost, ProtocolError
-from hybrid.transports.base import Pending
+from hybrid.transports.arrival import ArrivalHistory
 
 _SLICE_S = 0.05
 """How often a wait looks up whether another member has left."""
 _LOOSE_S = 0.005
 
 
+class Waitable(Protocol):
+    """A transfer, or an operation of another group."""
+
+    def wait(self, timeout_s: float, /) -> None:
+        """Return at its end; raise CommTimeout where it is still under way, and may be waited for again."""
+
+
+class Ears(Protocol):
+    """How this member hears that others have left, and tells them that it leaves; see `notices`."""
+
+    def heard(self, sequence: int, peers: tuple[int, ...]) -> CommError | None:
+        """Return why an operation cannot end, if so."""
+
+    def say(self, num_ended: int, reason: CommError | None) -> None:
+        """Tell all others; does not wait."""
+
+    def flush(self) -> None:
+        """Wait a moment until they have been told."""
+
+
+@final
+class NoEars:
+    """For groups whose members hear of each other in another way."""
+
+    def heard(self, sequence: int, peers: tuple[int, ...]) -> CommError | None:
+        """Hear nothing."""
+
+    def say(self, num_ended: int, reason: CommError | None) -> None:
+        """Say nothing."""
+
+    def flush(self) -> None:
+        """Return at once."""
+
+
 @final
 class Operation(Work):
     """An operation in the queue, or one that stands beside it (`loose`)."""
 
-    def __init__(self, progress: Progress, steps: Iterator[Pending], sequence: int, peers: tuple[int, ...]) -> None:
+    def __init__(self, progress: Progress, steps: Iterator[Waitable], sequence: int, peers: tuple[int, ...]) -> None:
         self._progress, self.steps, self.sequence, self.peers = progress, steps, sequence, peers
-        self.waiting: Pending | None = None
+        self.waiting: Waitable | None = None
         self.ended = False
         self.failure: Exception | None = None
         self.busy = False
@@ -51,10 +84,14 @@ class Operation(Work):
 
 @final
 class Progress:
-    """The queue of a group's collectives, the operations that stand beside it, and who moves them."""
+    """The queue of a group's collectives, the operations that stand beside it, and who moves them.
 
-    def __init__(self, name: str, notices: Notices, timeout_s: float) -> None:
-        self._name, self._notices, self._timeout_s = name, notices, timeout_s
+    Args:
+        waits: how long waits that name no time may take, and took.
+    """
+
+    def __init__(self, name: str, ears: Ears, waits: ArrivalHistory) -> None:
+        self._name, self._ears, self._waits = name, ears, waits
         self._changed = threading.Condition()
         self._queue: deque[Operation] = deque()
         self._loose: deque[Operation] = deque()
@@ -66,7 +103,7 @@ class Progress:
         self._thread = threading.Thread(target=self._loop, name=f"group {name}", daemon=True)
         self._thread.start()
 
-    def submit(self, build: Callable[[int], Iterator[Pending]]) -> Operation:
+    def submit(self, build: Callable[[int], Iterator[Waitable]]) -> Operation:
         """Queue a collective, built for its place in the order: it starts when those before it have ended."""
         with self._changed:
             operation = Operation(self, build(self._num_started), self._num_started, ())
@@ -78,7 +115,7 @@ class Progress:
                 self._changed.notify_all()
         return operation
 
-    def submit_loose(self, steps: Iterator[Pending], peers: tuple[int, ...]) -> Operation:
+    def submit_loose(self, steps: Iterator[Waitable], peers: tuple[int, ...]) -> Operation:
         """Start an operation with some peers alone, that holds nothing up and that nothing holds up."""
         operation = Operation(self, steps, 0, peers)
         with self._changed:
@@ -92,8 +129,9 @@ class Progress:
 
     def wait(self, operation: Operation, timeout_s: float | None) -> None:
         """Return when `operation` has ended, moving it and those before it on meanwhile."""
-        timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        deadline_s = time.monotonic() + timeout_s
+        timeout_s = self._waits.timeout_s if timeout_s is None else timeout_s
+        began_s = time.monotonic()
+        deadline_s = began_s + timeout_s
         while not operation.ended:
             head = self._take(operation, deadline_s)
             if head is not None:
@@ -103,6 +141,8 @@ class Progress:
                     f"a collective of group {self._name!r} did not end within {timeout_s} s",
                     fix="see whether every member called it and still runs",
                 )
+        if operation.failure is None:
+            self._waits.observe(time.monotonic() - began_s)
 
     def nudge(self, operation: Operation) -> None:
         """Move on what can be moved without waiting."""
@@ -118,7 +158,7 @@ class Progress:
         if self._thread is not threading.current_thread():
             self._thread.join()
         with self._listening:
-            self._notices.flush()
+            self._ears.flush()
 
     def _take(self, operation: Operation, deadline_s: float) -> Operation | None:
         """Return what this thread shall move on for `operation`, or None once something has changed or time is up."""
@@ -178,7 +218,7 @@ class Progress:
         if not self._listening.acquire(blocking=False):
             return
         try:
-            error = self._notices.heard(operation.sequence, operation.peers)
+            error = self._ears.heard(operation.sequence, operation.peers)
         finally:
             self._listening.release()
         if error is not None and operation.peers:
@@ -206,7 +246,7 @@ class Progress:
             self._changed.notify_all()
         reason = tell if tell is None or isinstance(tell, CommError) else PeerLost(str(tell))
         with self._listening:
-            self._notices.say(num_ended, reason)
+            self._ears.say(num_ended, reason)
 
     def _loop(self) -> None:
         while True:

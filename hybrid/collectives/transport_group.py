@@ -21,9 +21,10 @@ from hybrid.collectives.elements import bytes_of, check_reducible, flat, wide_dt
 from hybrid.collectives.execute import Job, Mail, Segment, execute
 from hybrid.collectives.header import Header
 from hybrid.collectives.notices import Notices
-from hybrid.collectives.progress import Progress
+from hybrid.collectives.progress import Progress, Waitable
 from hybrid.collectives.scratch import Scratch
 from hybrid.errors import UserError
+from hybrid.transports.arrival import ArrivalHistory
 from hybrid.transports.base import Pending, Transport
 
 _MAX_SEGMENTS = 4096
@@ -40,7 +41,7 @@ class TransportGroup(Group):
         edges: an open transport to every other member, by position; they stay the caller's, and may be shared with
             other groups.
         name: the same on every member; no other group may ever have it on these edges.
-        timeout_s: for waits that name none.
+        timeout_s: of waits that name none; None derives it from how long they took before.
         table: how operations are run; the same on every member.
         link: which rows of the table apply: the transports' variant.
     """
@@ -52,7 +53,7 @@ class TransportGroup(Group):
         ranks: Sequence[int],
         edges: Mapping[int, Transport],
         name: str,
-        timeout_s: float,
+        timeout_s: float | None,
         table: Sequence[Row] = DEFAULT_TABLE,
         link: str = "any",
     ) -> None:
@@ -67,7 +68,7 @@ class TransportGroup(Group):
             raise UserError("no such name for a group", value=name, valid=f"{_MAX_NAME_BYTES} bytes of UTF-8, no slash")
         self._edges, self._name, self._table, self._link = dict(edges), name, tuple(table), link
         self._scratch = Scratch()
-        self._progress = Progress(name, Notices(self._edges, f"{name}/left"), timeout_s)
+        self._progress = Progress(name, Notices(self._edges, f"{name}/left"), ArrivalHistory(fixed_s=timeout_s))
 
     def all_reduce(self, x: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
         x = flat(x)
@@ -152,6 +153,32 @@ class TransportGroup(Group):
 
     def close(self) -> None:
         self._progress.close()
+
+    def run_in_turn(self, operation: str, x: Tensor, op: ReduceOp, steps: Callable[[], Iterator[Waitable]]) -> Work:
+        """Queue what others make out of several groups: it runs when the collectives before it have ended.
+
+        Every member must call it; whether all do is checked round a ring.
+
+        Args:
+            operation: its name, at most 16 letters.
+            x: what it works on, for the check.
+            steps: called in its turn; yields what it waits for.
+        """
+
+        def build(sequence: int) -> Iterator[Waitable]:
+            header = Header(sequence=sequence, operation=operation, dtype=x.dtype, op=op, num_elements=x.numel())
+            mail = Mail(self._edges, self._name, header)
+            after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+            if self.size > 1:
+                received, check = mail.receive(before, [])
+                sent = mail.send(after, [])
+            yield from steps()
+            if self.size > 1:
+                yield received
+                check()
+                yield sent
+
+        return self._progress.submit(build)
 
     def _transfer(self, parts: Sequence[tuple[PointToPoint, Tensor]]) -> Iterator[Pending]:
         """Post receives, then sends; then wait for them."""

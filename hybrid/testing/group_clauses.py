@@ -151,6 +151,16 @@ def in_place(rig: Rig) -> None:
         for rank in range(size):
             rows[rank][rank] = rank + 1.0
         everywhere(rig, groups, lambda group: group.all_gather(list(rows[group.rank]), rows[group.rank][group.rank]))
+        blocks = [torch.ones(size, 3) for _ in range(size)]
+        everywhere(
+            rig,
+            groups,
+            lambda group: group.reduce_scatter(blocks[group.rank][group.rank], list(blocks[group.rank])),
+        )
+        for rank, block in enumerate(blocks):
+            right = torch.ones(size, 3)
+            right[rank] = size
+            demand(torch.equal(block, right), "reduce_scatter into one of its inputs is wrong, or writes beside it")
         wanted = torch.arange(1.0, size + 1).view(-1, 1).expand(size, 3)
         demand(all(torch.equal(each, wanted) for each in rows), "all_gather into rows that hold the input is wrong")
 

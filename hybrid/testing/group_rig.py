@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar, final
 
 import torch
 
-from hybrid.collectives import Group, Work, open_edges
+from hybrid.collectives import Group, Work, open_edges, open_group, open_island_group
 from hybrid.collectives.choose import DEFAULT_TABLE, Row
 from hybrid.collectives.shm_group import ShmGroup
 from hybrid.collectives.transport_group import TransportGroup
@@ -185,13 +185,13 @@ class TransportWorld(World):
     """Ranks whose groups go over the transports of one variant."""
 
     def __init__(self, variant: str, size: int, *, timeout_s: float, make_group: MakeGroup) -> None:
-        self._timeout_s, self._make_group = timeout_s, make_group
+        self.timeout_s, self._make_group = timeout_s, make_group
         self._num_groups = 0
         self.nodes = [open_node(variant, rank) for rank in range(size)]
         addresses = {node.rank: node.address for node in self.nodes}
         rig = Rig(open_world=partial(open_transport_world, variant))
         joins = [partial(open_edges, node, addresses, timeout_s=timeout_s) for node in self.nodes]
-        self._edges = at_once(rig, joins)
+        self.edges = at_once(rig, joins)
 
     def open(self, ranks: Sequence[int]) -> list[Group]:
         self._num_groups += 1
@@ -199,9 +199,9 @@ class TransportWorld(World):
             self._make_group(
                 rank=position,
                 ranks=ranks,
-                edges={at: self._edges[rank][peer] for at, peer in enumerate(ranks) if peer != rank},
+                edges={at: self.edges[rank][peer] for at, peer in enumerate(ranks) if peer != rank},
                 name=f"group {self._num_groups}",
-                timeout_s=self._timeout_s,
+                timeout_s=self.timeout_s,
             )
             for position, rank in enumerate(ranks)
         ]
@@ -232,3 +232,48 @@ def open_shm_world(size: int, *, timeout_s: float) -> Iterator[World]:
         for node in world.nodes:
             stack.callback(node.close)
         yield world
+
+
+@final
+class IslandWorld(World):
+    """Ranks in two islands, the first of one more than the second; the groups inside go over transports too."""
+
+    def __init__(self, flat: TransportWorld, chunk_bytes: int) -> None:
+        self._flat, self._chunk_bytes = flat, chunk_bytes
+        self._num_groups = 0
+
+    def open(self, ranks: Sequence[int]) -> list[Group]:
+        self._num_groups += 1
+        half = (len(ranks) + 1) // 2
+        islands = [list(island) for island in (ranks[:half], ranks[half:]) if island]
+        weights = {rank: 1.0 + rank % 3 for rank in ranks}
+        groups: list[Group] = []
+        for island in islands:
+            for rank in island:
+                name = f"islands {self._num_groups}"
+                edges, timeout_s = self._flat.edges[rank], self._flat.timeout_s
+                inner = open_group(edges, island, rank, name=f"{name} inside", timeout_s=timeout_s)
+                groups.append(
+                    open_island_group(
+                        edges,
+                        islands,
+                        rank,
+                        inner,
+                        name=name,
+                        timeout_s=timeout_s,
+                        bandwidth_of_rank=weights,
+                        chunk_bytes=self._chunk_bytes,
+                    )
+                )
+        return groups
+
+    def lose(self, rank: int) -> None:
+        self._flat.lose(rank)
+
+
+@contextmanager
+def open_island_world(variant: str, size: int, *, timeout_s: float, chunk_bytes: int = 1 << 20) -> Iterator[World]:
+    """Yield a world of two islands over one variant of `hybrid.transports`."""
+    with open_transport_world(variant, size, timeout_s=timeout_s) as flat:
+        assert isinstance(flat, TransportWorld)
+        yield IslandWorld(flat, chunk_bytes)
