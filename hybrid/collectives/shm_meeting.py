@@ -15,7 +15,7 @@ from collections.abc import Generator, Mapping
 import torch
 from torch import Tensor
 
-from hybrid.errors import MachineError, ProtocolError
+from hybrid.errors import MachineError, PeerLost, ProtocolError
 from hybrid.host_memory import check_memory, create_memory
 from hybrid.transports.base import Pending, Transport
 
@@ -33,6 +33,7 @@ def meet(edges: Mapping[int, Transport], rank: int, tag: str, size_bytes: int) -
 
     Raises:
         MachineError: no memory, or a member on another host.
+        PeerLost: a member has gone meanwhile.
         ProtocolError: the first member told of memory of another size.
     """
     if rank == 0:
@@ -68,6 +69,9 @@ def _open_told(told: bytearray, size_bytes: int) -> int:
     try:
         fd = os.open(f"/proc/{pid}/fd/{remote_fd}", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
+        if os.path.exists(f"/proc/{pid}/fd"):
+            # It has closed the memory again: it failed while it waited for another member.
+            raise PeerLost("the first member has given up the memory that was to be shared") from None
         raise MachineError(
             f"cannot open the first member's shared memory: {error.strerror}",
             value=f"process {pid}",
