@@ -29,6 +29,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "hybrid.transports": GROUND,
     "hybrid.scheduler": (*GROUND, "hybrid.hardware"),
     "hybrid.collectives": (*GROUND, "hybrid.transports.base", "hybrid.transports.arrival", "hybrid_kernels"),
+    # What makes a torch.distributed world out of transports also opens them.
+    "hybrid.collectives.torch_world": (*GROUND, "hybrid.collectives", "hybrid.transports"),
+    "hybrid.distributed": ("hybrid.collectives",),
     "hybrid.backends": (*GROUND, "hybrid.transports.base", "hybrid.collectives.base", "hybrid_kernels"),
     "hybrid.models": (*GROUND, "hybrid.scheduler.profile", "hybrid.scheduler.reshard", "hybrid_kernels"),
     "hybrid_kernels": (),
