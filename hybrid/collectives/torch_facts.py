@@ -23,8 +23,8 @@ class RankFacts:
     rank: int
     host: str
     """Ranks of one host share memory and loopback; see `host_identity`."""
-    addresses: dict[str, str]
-    """Where it listens, by transport."""
+    transport: str
+    """The one that it was told to use, or `auto`."""
     accelerator: str = ""
     """torch's name of its device type: `cuda`, `neuron`; empty on a host without."""
     island: str = ""
@@ -88,6 +88,14 @@ def exchange(store: Any, own: RankFacts, size: int, timeout_s: float) -> tuple[R
     store.set(f"facts/{own.rank}", json.dumps(asdict(own)))
     words = _read_all(store, "facts", size, timeout_s)
     return tuple(_parse(rank, word) for rank, word in enumerate(words))
+
+
+def exchange_addresses(
+    store: Any, rank: int, own: dict[str, str], size: int, timeout_s: float
+) -> tuple[dict[str, str], ...]:
+    """Return where every rank listens, by transport, in order of rank; as `exchange`."""
+    store.set(f"addresses/{rank}", json.dumps(own))
+    return tuple(json.loads(word) for word in _read_all(store, "addresses", size, timeout_s))
 
 
 def shared_secret(store: Any, rank: int, make: Callable[[], bytes], timeout_s: float) -> bytes:

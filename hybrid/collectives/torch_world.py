@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, final
 
@@ -16,46 +16,50 @@ import torch
 
 from hybrid.collectives import open_group
 from hybrid.collectives.base import Group
-from hybrid.collectives.torch_facts import RankFacts, exchange, host_identity, own_address, shared_secret
+from hybrid.collectives.torch_facts import (
+    RankFacts,
+    exchange,
+    exchange_addresses,
+    host_identity,
+    own_address,
+    shared_secret,
+)
 from hybrid.collectives.torch_options import AUTO, HybridOptions
 from hybrid.errors import UserError
 from hybrid.transports import VARIANTS, Transport, TransportNode, open_node
 
-WITHIN_HOST = ("shm", "zmq-ipc")
-BETWEEN_HOSTS = ("tcp", "zmq-tcp")
-"""Transports that `auto` takes, the fastest first."""
+WITHIN_HOST, BETWEEN_HOSTS = "shm", "tcp"
+"""What `auto` takes: one copy through shared memory; sockets whose ends prove the token, sealed where they leave."""
+_STAY_ON_HOST = ("shm", "zmq-ipc")
 
 
 def transport_between(one: RankFacts, other: RankFacts) -> str:
-    """Return the transport that two ranks use: the fastest that both listen on and that spans the way between them.
+    """Return the transport that two ranks use.
 
     Raises:
-        UserError: there is none.
+        UserError: they were told different ones, or one that does not span the way between them.
     """
-    order = (*WITHIN_HOST, *BETWEEN_HOSTS) if one.host == other.host else BETWEEN_HOSTS
-    both = [name for name in one.addresses if name in other.addresses]
-    for name in (*(name for name in order if name in both), *(name for name in both if name not in WITHIN_HOST)):
-        return name
-    raise UserError(
-        f"ranks {one.rank} and {other.rank} have no transport in common",
-        value=f"{', '.join(one.addresses)} and {', '.join(other.addresses)}",
-        fix="give every rank the same HybridOptions.transport, one that spans hosts if they are on several",
-    )
+    same_host = one.host == other.host
+    if one.transport != other.transport:
+        raise UserError(
+            f"ranks {one.rank} and {other.rank} were given different transports",
+            value=f"{one.transport} and {other.transport}",
+            fix="give every rank the same HybridOptions.transport",
+        )
+    if one.transport == AUTO:
+        return WITHIN_HOST if same_host else BETWEEN_HOSTS
+    if one.transport in _STAY_ON_HOST and not same_host:
+        raise UserError(
+            f"ranks {one.rank} and {other.rank} are on two hosts, and this transport stays on one",
+            value=one.transport,
+            valid=[AUTO, *(name for name in transports() if name not in _STAY_ON_HOST)],
+        )
+    return one.transport
 
 
-def transports_to_listen_on(wanted: str, installed: Iterable[str]) -> tuple[str, ...]:
-    """Return the transports on which a rank listens until it knows where the others are.
-
-    Raises:
-        UserError: no such transport.
-    """
-    known = tuple(installed)
-    if wanted != AUTO:
-        if wanted not in known or wanted == "inproc":
-            valid = [AUTO, *(name for name in known if name != "inproc")]
-            raise UserError("no such transport between processes", value=wanted, valid=valid)
-        return (wanted,)
-    return tuple(next(name for name in order if name in known) for order in (WITHIN_HOST, BETWEEN_HOSTS))
+def transports() -> tuple[str, ...]:
+    """Return the transports between processes that may be asked for."""
+    return tuple(name for name in VARIANTS if name != "inproc")
 
 
 @final
@@ -81,24 +85,32 @@ class World:
             raise
 
     def _connect(self, store: Any, timeout_s: float) -> None:
+        self.facts = exchange(store, self._own_facts(), self.size, timeout_s)
         token = shared_secret(store, self.rank, lambda: secrets.token_bytes(32), timeout_s)
-        names = transports_to_listen_on(self.options.transport, VARIANTS)
+        peers = [peer for peer in self.facts if peer.rank != self.rank]
+        name_of_rank = {peer.rank: transport_between(self.facts[self.rank], peer) for peer in peers}
+        names = sorted(set(name_of_rank.values()))
         address = own_address(store) if self.options.address == AUTO else self.options.address
         nodes = {name: self._listen(name, address, token) for name in names}
-        own = RankFacts(
+        mine = {name: node.address for name, node in nodes.items()}
+        address_of_rank = exchange_addresses(store, self.rank, mine, self.size, timeout_s)
+        # In ascending order on every rank, so that of all edges still missing, both ends of the least are opening it.
+        for rank, name in name_of_rank.items():
+            self._edges[rank] = nodes[name].open(rank, address_of_rank[rank][name], timeout_s=timeout_s)
+        self._link = names[0] if len(names) == 1 else "any"
+
+    def _own_facts(self) -> RankFacts:
+        if self.options.transport not in (AUTO, *transports()):
+            raise UserError(
+                "no such transport between processes", value=self.options.transport, valid=(AUTO, *transports())
+            )
+        return RankFacts(
             rank=self.rank,
             host=host_identity(),
-            addresses={name: node.address for name, node in nodes.items()},
+            transport=self.options.transport,
             accelerator=accelerator_kind() if self.options.native else "",
             island=self.options.island,
         )
-        self.facts = exchange(store, own, self.size, timeout_s)
-        # In ascending order on every rank, so that of all edges still missing, both ends of the least are opening it.
-        for peer in (each for each in self.facts if each.rank != self.rank):
-            name = transport_between(self.facts[min(self.rank, peer.rank)], self.facts[max(self.rank, peer.rank)])
-            self._edges[peer.rank] = nodes[name].open(peer.rank, peer.addresses[name], timeout_s=timeout_s)
-        used = {transport_between(own, peer) for peer in self.facts if peer.rank != self.rank}
-        self.link = used.pop() if len(used) == 1 else "any"
 
     def _listen(self, name: str, address: str, token: bytes) -> TransportNode:
         node = open_node(name, self.rank, host=address, token=token)
@@ -108,7 +120,7 @@ class World:
     def open_group(self, ranks: Sequence[int], name: str, timeout_s: float) -> Group:
         """Return the group of some of the world's ranks, this one among them; waits for no one."""
         edges = {rank: self._edges[rank] for rank in ranks if rank != self.rank}
-        return open_group(edges, ranks, self.rank, name=name, timeout_s=timeout_s, link=self.link)
+        return open_group(edges, ranks, self.rank, name=name, timeout_s=timeout_s, link=self._link)
 
     @property
     def closed(self) -> bool:
