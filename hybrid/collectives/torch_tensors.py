@@ -167,4 +167,4 @@ def split_parts(host: Tensor, x: Tensor, splits: Sequence[int], count: int, oper
             valid=f"{count} numbers whose sum is {rows}",
         )
     width = x.numel() // rows if rows else 0
-    return list(host.split([rows_of_rank * width for rows_of_rank in splits]))
+    return list(torch.split(host, [rows_of_rank * width for rows_of_rank in splits]))

@@ -212,7 +212,7 @@ class Completer:
                     head.fail(error)
 
 
-def _devices_of(tensors: Sequence[torch.Tensor]) -> list[torch.device]:
+def _devices_of(tensors: Sequence[torch.Tensor]) -> list[Any]:
     return sorted({x.device for x in tensors if x.device.type != "cpu"}, key=str)
 
 

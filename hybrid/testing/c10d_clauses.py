@@ -156,7 +156,7 @@ def all_to_all_with_even_and_uneven_splits(seat: Seat) -> None:
     taken = torch.empty((seat.rank + 1) * seat.size, 3)
     dist.all_to_all_single(taken, rows, [seat.rank + 1] * seat.size, splits)
     parts = all_values(seat.size, (sum(splits), 3), torch.float32)
-    check_same(taken, torch.cat([part.split(splits)[seat.rank] for part in parts]), "all_to_all_single, uneven")
+    check_same(taken, torch.cat([torch.split(part, splits)[seat.rank] for part in parts]), "all_to_all_single, uneven")
 
 
 def gather_and_scatter_at_every_root(seat: Seat) -> None:

@@ -47,21 +47,19 @@ def functional_collectives(seat: Seat) -> None:
 def dtensors_are_redistributed_and_multiplied(seat: Seat) -> None:
     """Every placement to every other."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (seat.size,))
     whole, weight = values(0, (2 * seat.size + 1, 5), torch.float64), values(1, (5, 2 * seat.size), torch.float64)
     placements: list[Any] = [Replicate(), Shard(0), Shard(1)]
     for source in placements:
-        x = distribute_tensor(whole, mesh, [source])
+        x: Any = distribute_tensor(whole, mesh, [source])
         for target in placements:
             check_same(x.redistribute(mesh, [target]).full_tensor(), whole, f"redistribute {source} to {target}")
     for left in placements:
         for right in placements:
-            product = distribute_tensor(whole, mesh, [left]) @ distribute_tensor(weight, mesh, [right])
+            product: Any = distribute_tensor(whole, mesh, [left]) @ distribute_tensor(weight, mesh, [right])
             check_close(product.full_tensor(), whole @ weight, f"matmul of {left} and {right}")
-    from torch.distributed.tensor import DTensor
-
     partial: Any = DTensor.from_local(values(seat.rank, (seat.size, 2), torch.float64), mesh, [Partial()])
     wanted = reduced(all_values(seat.size, (seat.size, 2), torch.float64), "SUM")
     for target in placements:
