@@ -2,7 +2,7 @@
 
 Frozen pydantic models that refuse unknown keys. The only file that reads `os.environ`. What can be checked from
 the job alone is checked here; what needs the catalog, the corpus or the cluster is checked by those. May import only
-`errors`, `complaints`, `marked_yaml`, `config_base` and `config_planner`.
+`errors`, `complaints`, `marked_yaml` and the sections' `config_*` files.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hybrid.complaints import Key, Place, complaint_of
 from hybrid.config_base import Count, Frozen, Positive, Real, Share
+from hybrid.config_diloco import DiLoCoConfig
 from hybrid.config_planner import PlannerConfig
 
 MAX_MICROBATCHES = 4096
@@ -261,6 +262,7 @@ class JobConfig(Frozen):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    diloco: DiLoCoConfig | None = None
     batch: BatchConfig = BatchConfig()
     steps: Positive = 100
     precision: Precision = "fp32"
@@ -301,6 +303,11 @@ class JobConfig(Frozen):
             raise ValueError(
                 f"num_stages {self.num_stages} is more than the model's {self.model.num_layers} layers "
                 f"(embedding + {self.model.num_blocks} blocks + head); valid: 1 to {self.model.num_layers}"
+            )
+        if self.diloco is not None and self.diloco.num_fragments > self.model.num_layers:
+            raise ValueError(
+                f"diloco.num_fragments {self.diloco.num_fragments} is more than the model's {self.model.num_layers} "
+                f"layers; valid: 1 to {self.model.num_layers}"
             )
         return self
 

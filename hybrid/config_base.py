@@ -1,6 +1,6 @@
 """What the job's classes are made of: the frozen base, and numbers that refuse what YAML would let pass.
 
-May import nothing of ours; with `config.py` and `config_planner.py` the only files that import pydantic.
+May import nothing of ours; with `config.py` and its sections' files the only ones that import pydantic.
 """
 
 from __future__ import annotations

@@ -8,14 +8,15 @@ a codec; knows nothing of pipelines, plans or wires.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hybrid.collectives.base import Group, Work
+from hybrid.collectives.error_feedback import ErrorFeedback
+from hybrid.errors import TrainingDiverged
 from hybrid.scheduler.fragments import OuterSchedule
 
 OUTER_STATE_NAMES = ("outer", "outer_momentum")
@@ -25,31 +26,22 @@ OUTER_STATE_NAMES = ("outer", "outer_momentum")
 _ALIGNMENT_BYTES = 16
 
 
-class Encoder(Protocol):
-    """What this file needs of a codec for one parameter's messages; error feedback may stand behind it."""
-
-    def encoded_bytes(self, num_elements: int) -> int:
-        """Return the size of a message of so many numbers."""
-
-    def encode(self, x: Tensor, into: Tensor) -> None:
-        """Write the message of `x`, (N,) float32, into (encoded_bytes(N),) uint8."""
-
-    def decode(self, data: Tensor, into: Tensor) -> None:
-        """Write the numbers of a message, (encoded_bytes(N),) uint8, into (N,) float32."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OuterRule:
     """The outer step.
 
     Source:
-        Douillard et al. 2023, "DiLoCo": Nesterov momentum 0.9, learning rate 0.7.
+        Douillard et al. 2023, "DiLoCo": Nesterov, learning rate 0.7 (and momentum 0.9, over many more meetings).
     """
 
     learning_rate: float = 0.7
-    momentum: float = 0.9
+    momentum: float = 0.5
     mixing: float = 0.5
     """Where inner steps went on meanwhile: the share of the replica's own weights in what it goes on with."""
+
+
+_AVERAGE = OuterRule(learning_rate=1.0, momentum=0.0)
+"""The rule of the warm-up: go on from the mean of where the replicas are."""
 
 
 @dataclass(slots=True)
@@ -68,8 +60,8 @@ class Fragments:
         schedule: which layers meet when.
         groups: by layer, the ranks of all replicas that hold it, this one among them.
         shares: each replica's share of a step's samples, by position in the groups; they sum to 1.
-        encoder_of: makes a parameter's encoder from its name. Each parameter is encoded by itself, so that two tied
-            ones that are equal stay equal, wherever they lie in a message.
+        feedback: encodes each parameter by itself, so that two tied ones that are equal stay equal, wherever they lie
+            in a message.
 
     Numerics:
         Outer gradients, their mean and the outer weights are float32; messages are decoded and added in the order of
@@ -85,14 +77,14 @@ class Fragments:
         schedule: OuterSchedule,
         groups: Mapping[int, Group],
         shares: Sequence[float],
-        encoder_of: Callable[[str], Encoder],
+        feedback: ErrorFeedback,
         rule: OuterRule,
     ) -> None:
         self._schedule, self._rule, self._shares = schedule, rule, tuple(shares)
         self._parts = [
             part
             for index, fragment in enumerate(schedule.fragments)
-            for part in _parts_of(index, fragment.layers, parameters_of_layer, groups, encoder_of)
+            for part in _parts_of(index, fragment.layers, parameters_of_layer, groups, feedback)
         ]
         self._under_way: dict[int, _Meeting] = {}
         self.sent_bytes = 0
@@ -103,8 +95,11 @@ class Fragments:
 
         Raises:
             CommTimeout, PeerLost: another replica was silent or has gone.
-            FloatingPointError: an outer gradient is not finite and the codec cannot carry it.
+            TrainingDiverged: an outer gradient is not finite; the common weights stay as they were.
         """
+        if self._schedule.is_warming_up(steps_done):
+            self._meet(tuple(range(len(self._schedule.fragments))), _AVERAGE)
+            return
         ends = self._schedule.ends_after(steps_done)
         # An overlap of 0 ends what starts now; else what started earlier makes room before the next leaves.
         if self._schedule.overlap_steps:
@@ -114,14 +109,13 @@ class Fragments:
             self._finish(ends, 0.0)
 
     def meet_now(self) -> None:
-        """Have all layers meet, and go on from the common weights: before an evaluation or a checkpoint.
+        """Have all layers meet, and go on from the mean of the replicas: before an evaluation or a checkpoint.
 
-        Every replica calls it after the same step. It is an outer step more for every fragment.
+        Every replica calls it after the same step. Directly after a meeting of all it changes nothing.
         """
         everything = tuple(range(len(self._schedule.fragments)))
         self._finish(everything, self._rule.mixing)
-        self._start(everything)
-        self._finish(everything, 0.0)
+        self._meet(everything, _AVERAGE)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return, by parameter name, `OUTER_STATE_NAMES`, as copies on the host in the parameter's shape."""
@@ -139,6 +133,10 @@ class Fragments:
                 outer.copy_(state[name]["outer"])
                 momentum.copy_(state[name]["outer_momentum"])
 
+    def _meet(self, fragments: Sequence[int], rule: OuterRule) -> None:
+        self._start(fragments)
+        self._finish(fragments, 0.0, rule)
+
     @torch.no_grad()
     def _start(self, fragments: Sequence[int]) -> None:
         for key, part in enumerate(self._parts):
@@ -152,7 +150,7 @@ class Fragments:
                 self._under_way[key] = _Meeting(work, messages)
 
     @torch.no_grad()
-    def _finish(self, fragments: Sequence[int], mixing: float) -> None:
+    def _finish(self, fragments: Sequence[int], mixing: float, rule: OuterRule | None = None) -> None:
         for key, part in enumerate(self._parts):
             if part.fragment in fragments and key in self._under_way:
                 meeting = self._under_way.pop(key)
@@ -162,23 +160,26 @@ class Fragments:
                 for share, message in zip(self._shares, meeting.messages, strict=True):
                     part.decode(message, way)
                     mean.add_(way, alpha=share)
-                part.step(mean, self._rule)
+                if not bool(mean.isfinite().all()):
+                    raise TrainingDiverged(
+                        f"the outer gradient of {part.first_name} and what travels with it is not finite",
+                        fix="lower optimizer.learning_rate or diloco.learning_rate",
+                    )
+                part.step(mean, rule or self._rule)
                 part.go_on(mixing)
 
 
 class _Part:
     """The layers of one fragment that this rank shares with one group, as one flat buffer."""
 
-    def __init__(
-        self, fragment: int, parameters: Mapping[str, Tensor], group: Group, encoder_of: Callable[[str], Encoder]
-    ) -> None:
+    def __init__(self, fragment: int, parameters: Mapping[str, Tensor], group: Group, feedback: ErrorFeedback) -> None:
         self.fragment, self.group = fragment, group
         self._parameters = dict(parameters)
-        self._encoders = [encoder_of(name) for name in self._parameters]
+        self._feedback, self._codec = feedback, feedback.codec
+        self.first_name = next(iter(self._parameters))
         self._sizes = [parameter.numel() for parameter in self._parameters.values()]
         self._message_sizes = [
-            -(-encoder.encoded_bytes(size) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-            for encoder, size in zip(self._encoders, self._sizes, strict=True)
+            -(-self._codec.encoded_bytes(size) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for size in self._sizes
         ]
         self.message_bytes = sum(self._message_sizes)
         self.outer = self._local()
@@ -187,26 +188,29 @@ class _Part:
     def encode(self, into: Tensor) -> None:
         """Write the message: how far this replica has gone from the common weights, as a gradient, the way back."""
         gradient = self.outer - self._local()
-        for encoder, data, x in self._pieces(into, gradient):
-            encoder.encode(x, data)
+        for name, data, x in self._pieces(into, gradient):
+            self._feedback.encode(name, x, data)
 
     def decode(self, message: Tensor, into: Tensor) -> None:
         """Write what a replica's message says."""
-        for encoder, data, x in self._pieces(message, into):
-            encoder.decode(data, x)
+        for _, data, x in self._pieces(message, into):
+            self._codec.decode(data, x)
 
-    def _pieces(self, message: Tensor, flat: Tensor) -> list[tuple[Encoder, Tensor, Tensor]]:
+    def _pieces(self, message: Tensor, flat: Tensor) -> list[tuple[str, Tensor, Tensor]]:
         datas = torch.split(message, self._message_sizes)
         return [
-            (encoder, data[: encoder.encoded_bytes(x.numel())], x)
-            for encoder, data, x in zip(self._encoders, datas, torch.split(flat, self._sizes), strict=True)
+            (name, data[: self._codec.encoded_bytes(x.numel())], x)
+            for name, data, x in zip(self._parameters, datas, torch.split(flat, self._sizes), strict=True)
         ]
 
     def _local(self) -> Tensor:
         return torch.cat([p.detach().reshape(-1).to("cpu", torch.float32) for p in self._parameters.values()])
 
     def step(self, gradient: Tensor, rule: OuterRule) -> None:
-        """Move the common weights by Nesterov's rule."""
+        """Move the common weights by Nesterov's rule; without momentum straight, and what there is of it stays."""
+        if not rule.momentum:
+            self.outer.add_(gradient, alpha=-rule.learning_rate)
+            return
         self._momentum.mul_(rule.momentum).add_(gradient)
         self.outer.add_(gradient.add(self._momentum, alpha=rule.momentum), alpha=-rule.learning_rate)
 
@@ -235,7 +239,7 @@ def _parts_of(
     layers: Sequence[int],
     parameters_of_layer: Mapping[int, Mapping[str, Tensor]],
     groups: Mapping[int, Group],
-    encoder_of: Callable[[str], Encoder],
+    feedback: ErrorFeedback,
 ) -> list[_Part]:
     """Return a part for every group that shares layers of the fragment with this rank, in the order of the layers."""
     parameters_of_group: dict[int, dict[str, Tensor]] = {}
@@ -245,4 +249,4 @@ def _parts_of(
             group = groups[layer]
             group_of_key[id(group)] = group
             parameters_of_group.setdefault(id(group), {}).update(parameters_of_layer[layer])
-    return [_Part(fragment, found, group_of_key[key], encoder_of) for key, found in parameters_of_group.items()]
+    return [_Part(fragment, found, group_of_key[key], feedback) for key, found in parameters_of_group.items()]

@@ -47,18 +47,20 @@ def _build(spec: WorkerSpec, plan: StagePlan, backend: Backend) -> HeldStage:
     job = spec.job
     dtype = parameter_dtype(job.precision)
     stage = build_stage(job.model, plan.first_layer, plan.end_layer, seed=job.seed, dtype=dtype)
-    owned = owned_slices(shared_layers(job, spec.plan, spec.rank), stage)
+    # With DiLoCo each replica runs an optimizer of its own, over everything.
+    owned = None if job.diloco else owned_slices(shared_layers(job, spec.plan, spec.rank), stage)
     backend.allocate(_state_bytes(stage, owned), "weights, gradients and optimizer state")
     stage = backend.place(stage)
     numerics = declared_numerics(job, island=plan.island, chip=spec.chip, backend=plan.backend)
     if numerics is not None:
         emulate_matmuls(stage, numerics, seed=job.seed + plan.stage)
     replica = spec.plan.replica_of_rank(spec.rank)
+    samples = replica.num_samples if job.diloco else spec.plan.global_batch
     compute = StageCompute(
         stage,
         backend,
         precision=job.precision,
-        num_microbatches=spec.plan.global_batch / replica.microbatch,
+        num_microbatches=samples / replica.microbatch,
         # A compiled backward is one function: its two parts cannot come apart.
         splits=not job.runtime.compile and splits_backward(replica.build_schedule(), plan.stage),
         recompute=plan.recompute,

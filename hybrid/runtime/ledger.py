@@ -212,7 +212,7 @@ class Ledger:
             return []
         del self._steps[message.step]
         ordered = [reports[rank] for rank in range(self.num_ranks)]
-        loss = next(report.loss for report in ordered if report.loss is not None)
+        loss = sum(report.loss for report in ordered if report.loss is not None)
         seconds = max(report.seconds for report in ordered)
         event = StepEvent(
             step=message.step,

@@ -67,7 +67,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """Worker: I have done this step; `loss` comes from the last stage."""
+    """Worker: I have done this step; `loss` is what this rank adds to the step's loss, None where it adds nothing."""
 
     rank: int
     step: int

@@ -55,6 +55,22 @@ def check_plan(plan: Plan) -> None:
             raise PlanError(f"the worker does not run {what}", where="plan", fix="plan the job without")
 
 
+def check_diloco(job: JobConfig, plan: Plan) -> None:
+    """Refuse low-communication training between replicas where there are none.
+
+    Raises:
+        PlanError: the plan has one replica.
+    """
+    if job.diloco is not None and len(plan.replicas) == 1:
+        raise PlanError(
+            "diloco joins replicas, and the plan has one",
+            value=1,
+            valid="2 replicas or more",
+            where="diloco",
+            fix="raise planner.max_replicas, give a plan of several replicas, or leave the section out",
+        )
+
+
 def check_folder(path: Path, *, where: str) -> None:
     """Refuse a folder that is neither there nor can be made, or in which nothing can be written.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hybrid.models.decoder import layer_name
 from hybrid.models.stage import Stage, named_state, tied_parameters
@@ -40,15 +42,22 @@ class StageState:
     def __init__(self, stage: Stage, optimizer: AdamW) -> None:
         self._stage, self._optimizer = stage, optimizer
 
-    def write(self, folder: Path) -> dict[str, checkpoint.FileFact]:
-        """Write every layer of the stage into the checkpoint's partial folder."""
+    def write(
+        self, folder: Path, more: Mapping[str, Mapping[str, Tensor]] | None = None
+    ) -> dict[str, checkpoint.FileFact]:
+        """Write every layer of the stage into the checkpoint's partial folder.
+
+        Args:
+            more: by parameter, what else is kept of it.
+        """
         state, moments = named_state(self._stage), self._optimizer.state()
         files: dict[str, checkpoint.FileFact] = {}
         for index in self._stage.layers:
             names = names_of_layer(self._stage, index)
             weights = {name: state[name].detach().cpu() for name in names}
+            states = {name: {**moments[name], **(more or {}).get(name, {})} for name in names}
             files[checkpoint.layer_file(index)] = checkpoint.write_layer(
-                folder, index, weights, {name: {key: x.cpu() for key, x in moments[name].items()} for name in names}
+                folder, index, weights, {name: {key: x.cpu() for key, x in states[name].items()} for name in names}
             )
         return files
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybrid.config import JobConfig, dump_job
-from hybrid.errors import MachineError, TrainingDiverged, UserError
+from hybrid.errors import ConfigError, MachineError, TrainingDiverged, UserError
 from hybrid.hardware.fleet import Fleet
 from hybrid.models.corpus import open_corpus
 from hybrid.models.profile import build_profile
@@ -30,7 +30,7 @@ from hybrid.runtime.ledger import Commit, Ledger
 from hybrid.runtime.messages import Ready
 from hybrid.runtime.pace import time_scale
 from hybrid.runtime.placement import Placement, WorkerSpec
-from hybrid.runtime.preflight import check_folder, check_memory, check_plan, check_port, check_resume
+from hybrid.runtime.preflight import check_diloco, check_folder, check_memory, check_plan, check_port, check_resume
 from hybrid.scheduler.plan import Plan
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ def train(
         WorkerFailed: a worker ended before its job did; the run folder keeps the metrics so far.
     """
     check_plan(plan)
+    check_diloco(job, plan)
     check_folder(job.runs_dir, where="runs_dir")
     check_port(placement.host, job.runtime.coordinator_port)
     found = check_resume(job, resume)
@@ -307,6 +308,12 @@ def train_in_one_process(
     Args:
         plan: whose replicas' order of sums to follow.
     """
+    if job.diloco is not None:
+        raise ConfigError(
+            "the reference reduces at every step, DiLoCo does not",
+            where="diloco",
+            fix="leave the section out for --reference, to compare with the synchronous job",
+        )
     profile = build_profile(job.model, microbatch=job.batch.microbatch, precision=job.precision)
     state_bytes = sum(layer.num_parameters for layer in profile.layers) * profile.bytes_per_parameter
     held_bytes = sum(layer.saved_activation_bytes for layer in profile.layers)

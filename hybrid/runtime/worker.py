@@ -26,6 +26,7 @@ from hybrid.models.tokens import TokenData
 from hybrid.runtime import checkpoint
 from hybrid.runtime.capabilities import capabilities_of
 from hybrid.runtime.control import ControlLine
+from hybrid.runtime.diloco import Fragments
 from hybrid.runtime.edges import emulated_links, open_edges
 from hybrid.runtime.evaluation import evaluate
 from hybrid.runtime.exchange import add_tied_gradients, share_squares
@@ -44,6 +45,7 @@ from hybrid.runtime.messages import (
     StepReport,
     Welcome,
 )
+from hybrid.runtime.open_diloco import build_fragments, write_met
 from hybrid.runtime.open_replicas import build_replicas, load_lost, open_groups, write_shared
 from hybrid.runtime.optimizer import global_norm, learning_rate
 from hybrid.runtime.ownership import shared_layers
@@ -150,9 +152,13 @@ class Worker:
     def _join_replicas(self, welcome: Welcome) -> None:
         """Open what joins this rank to the other replicas, where there are any."""
         spec, self._replicas = self._spec, cast(Replicas | None, None)
+        self._fragments: Fragments | None = None
         shared = shared_layers(self._job, spec.plan, spec.rank)
         if shared:
             groups = open_groups(shared, self._node, welcome.address_of_rank, timeout_s=self._timeout_s)
+            if spec.job.diloco is not None:
+                self._fragments = build_fragments(spec, self._held, shared, groups)
+                return
             self._replicas = build_replicas(spec, self._held, shared, groups)
             if spec.resume is not None:
                 load_lost(self._replicas, spec.resume)
@@ -208,6 +214,8 @@ class Worker:
             one.optimizer.step(step, norm)
         if self._replicas is not None:
             self._replicas.spread()
+        if self._fragments is not None:
+            self._fragments.after_step(step + 1)
         self._report(step, record, loss, norm, time.monotonic() - started_s)
 
     def _reduce(self, step: int) -> tuple[float, float]:
@@ -238,7 +246,7 @@ class Worker:
             StepReport(
                 rank=self._spec.rank,
                 step=step,
-                loss=loss if self._held[-1].compute.is_last else None,
+                loss=self._share_of_loss(loss),
                 grad_norm=norm,
                 learning_rate=learning_rate(self._job.optimizer, step, self._job.steps),
                 seconds=seconds,
@@ -247,12 +255,24 @@ class Worker:
             )
         )
 
+    def _share_of_loss(self, loss: float) -> float | None:
+        """Return what this rank adds to the step's loss in the report; None where another rank tells it."""
+        if not self._held[-1].compute.is_last:
+            return None
+        if self._fragments is not None:  # each replica knows its own only
+            return loss * self._replica.num_samples / self._spec.plan.global_batch
+        return loss if self._replica.replica == 0 else None
+
     def _after_step(self, steps_done: int) -> None:
         job = self._job
         at_end = steps_done == job.steps
-        if is_due(job.evaluate.every_steps, at_end=job.evaluate.at_end and at_end, steps_done=steps_done):
+        evaluates = is_due(job.evaluate.every_steps, at_end=job.evaluate.at_end and at_end, steps_done=steps_done)
+        writes = is_due(job.checkpoint.every_steps, at_end=job.checkpoint.at_end and at_end, steps_done=steps_done)
+        if self._fragments is not None and (evaluates or writes):
+            self._fragments.meet_now()
+        if evaluates:
             self._evaluate(steps_done)
-        if is_due(job.checkpoint.every_steps, at_end=job.checkpoint.at_end and at_end, steps_done=steps_done):
+        if writes:
             self._write_checkpoint(steps_done)
 
     def _evaluate(self, steps_done: int) -> None:
@@ -273,7 +293,9 @@ class Worker:
 
     def _write_checkpoint(self, steps_done: int) -> None:
         folder = checkpoint.checkpoint_folder(self._spec.run_dir, steps_done)
-        if self._replicas is None:
+        if self._fragments is not None:
+            facts = write_met(self._fragments, self._held, folder) if self._replica.replica == 0 else {}
+        elif self._replicas is None:
             facts = {name: fact for one in self._held for name, fact in one.state.write(folder).items()}
         else:
             facts = write_shared(self._replicas, self._held, folder)

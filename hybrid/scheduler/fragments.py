@@ -26,18 +26,25 @@ class OuterSchedule:
     Args:
         every_steps: inner steps between two outer steps of one fragment.
         overlap_steps: inner steps that go on while a fragment is under way.
+        warmup_steps: first inner steps, after each of which all fragments meet and are averaged.
     """
 
     fragments: tuple[Fragment, ...]
     every_steps: int
     overlap_steps: int
+    warmup_steps: int = 0
+
+    def is_warming_up(self, steps_done: int) -> bool:
+        """Return whether the step that was done last belongs to the warm-up."""
+        return 0 < steps_done <= self.warmup_steps
 
     def starts_after(self, steps_done: int) -> tuple[int, ...]:
         """Return the fragments, by index, that leave after so many inner steps."""
         return tuple(
             index
             for index, fragment in enumerate(self.fragments)
-            if steps_done > 0 and (steps_done - fragment.offset) % self.every_steps == 0
+            if steps_done > self.warmup_steps
+            and (steps_done - self.warmup_steps - fragment.offset) % self.every_steps == 0
         )
 
     def ends_after(self, steps_done: int) -> tuple[int, ...]:
@@ -46,7 +53,7 @@ class OuterSchedule:
 
 
 def build_outer_schedule(
-    num_layers: int, *, every_steps: int, num_fragments: int, overlap_steps: int, tied: bool
+    num_layers: int, *, every_steps: int, num_fragments: int, overlap_steps: int, tied: bool, warmup_steps: int = 0
 ) -> OuterSchedule:
     """Return a schedule in which fragment p holds layers p, p + P, p + 2P, … and leaves p/P of the period later.
 
@@ -54,6 +61,7 @@ def build_outer_schedule(
     outer step and none has all of it at one.
 
     Args:
+        warmup_steps: early on replicas' ways differ too much to be averaged seldom.
         tied: the last layer's weight is the first one's; the two then meet together and stay the same.
 
     Raises:
@@ -89,4 +97,6 @@ def build_outer_schedule(
         )
         for index in range(num_fragments)
     )
-    return OuterSchedule(fragments=fragments, every_steps=every_steps, overlap_steps=overlap_steps)
+    return OuterSchedule(
+        fragments=fragments, every_steps=every_steps, overlap_steps=overlap_steps, warmup_steps=warmup_steps
+    )

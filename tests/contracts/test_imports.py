@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCE_ROOTS = {"hybrid": ROOT, "hybrid_kernels": ROOT / "kernels"}
 
-CONFIG = ("hybrid.config_base", "hybrid.config_planner", "hybrid.config")
+CONFIG = ("hybrid.config_base", "hybrid.config_diloco", "hybrid.config_planner", "hybrid.config")
 GROUND = ("hybrid.errors", "hybrid.complaints", "hybrid.marked_yaml", *CONFIG, "hybrid.wire", "hybrid.host_memory")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # A package or module of ours may import these of ours, and itself; the longest name that fits an importer is its
@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "hybrid.complaints": ("hybrid.errors",),
     "hybrid.marked_yaml": ("hybrid.errors",),
     "hybrid.config_base": (),
+    "hybrid.config_diloco": ("hybrid.config_base",),
     "hybrid.config_planner": ("hybrid.config_base",),
     "hybrid.config": ("hybrid.errors", "hybrid.complaints", "hybrid.marked_yaml", *CONFIG),
     "hybrid.wire": ("hybrid.errors",),
