@@ -40,8 +40,8 @@ class PlannerConfig(Frozen):
     """To choose from, a replica its own; `null`: the job's `schedule`."""
     microbatches: Annotated[tuple[Positive, ...], Field(min_length=1)] | Literal["any"] | None = None
     """To choose from, a replica its own; `any`: what divides `global_batch`, in powers of two; `null`: the job's."""
-    max_replicas: Positive | None = 1
-    """`null`: as many as are good."""
+    max_replicas: Positive | None = None
+    """`null`: as many as are best."""
     max_stages: Annotated[Count, Field(gt=0, le=64)] = 16
     tensor_parallel: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1,)
     """Degrees to choose from, a stage its own; never over more than one node."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid.scheduler.search.columns import Column, enumerate_columns
+from hybrid.scheduler.search.columns import Column
 from hybrid.scheduler.search.links import LinkModel, Network
 from hybrid.scheduler.search.options import OptionTable
 from hybrid.scheduler.search.problem import MemoryModel, Pool, Problem, Vocabulary
+from hybrid.scheduler.search.shapes import enumerate_columns
 from hybrid.scheduler.search.table import Cell, ProfileTable, Sizes
 
 _MOST_SHAPES = 400_000
@@ -83,12 +85,19 @@ def random_problem(seed: int, *, memory_binds: bool) -> Problem:
         network=Network(links=links),
         global_batch=draw.choice((4, 6, 8)),
         memory=MemoryModel(bytes_per_parameter=16, margin=0.0, counts_buffers=False),
-        vocabulary=Vocabulary(degrees=degrees, microbatches=microbatches, recompute=False, max_stages=6),
+        vocabulary=Vocabulary(degrees=degrees, microbatches=microbatches, max_stages=6, **_more_choices(seed)),
     )
 
 
+def _more_choices(seed: int) -> dict[str, Any]:
+    """Return what else may be chosen: schedules of every kind in two of three problems, recompute in one of four."""
+    draw = random.Random(-1 - seed)
+    schedules = draw.choice((("1f1b",), ("gpipe", "1f1b", "zb-h1", "zb-h2"), ("1f1b", "interleaved", "zb-v")))
+    return {"schedules": schedules, "recompute": draw.random() < 0.25}
+
+
 def least_step_s(problem: Problem) -> float:
-    """Return the shortest step of any plan: every shape, every set of replicas, every share of the batch.
+    """Return the shortest step of any plan: every shape and schedule, every set of replicas, every share of the batch.
 
     Infinite where nothing fits.
     """
@@ -98,16 +107,34 @@ def least_step_s(problem: Problem) -> float:
     if not columns:
         return float("inf")
     batch, best = problem.global_batch, float("inf")
-    vectors = sorted({column.chips for column in columns})
+    by_vector: dict[tuple[int, ...], list[int]] = {}
+    for index, column in enumerate(columns):
+        by_vector.setdefault(column.chips, []).append(index)
+    takes = np.stack([_samples_s(column, batch) for column in columns])
     available = tuple(pool.num_chips for pool in problem.pools)
-    for replicas in _multisets(vectors, available):
+    for replicas in _multisets(sorted(by_vector), available):
         reduce_s = np.array([column.reduce_s(len(replicas)) for column in columns])
-        for limit_s in np.unique(reduce_s):
+        rows = {vector: np.array(by_vector[vector]) for vector in set(replicas)}
+        for limit_s in np.unique(np.concatenate([reduce_s[mine] for mine in rows.values()])):
             if limit_s >= best:
                 break
-            least = {vector: _least(columns, reduce_s <= limit_s, vector, batch) for vector in set(replicas)}
+            least = {vector: _least(takes[mine], reduce_s[mine] <= limit_s) for vector, mine in rows.items()}
             best = min(best, _shared(replicas, least, batch) + float(limit_s))
     return best
+
+
+def _samples_s(column: Column, batch: int) -> NDArray[np.float64]:
+    """Return the seconds in which the replica takes 0, 1, … samples; infinite where no whole microbatches hold them."""
+    seconds = np.full(batch + 1, np.inf)
+    seconds[0] = 0.0
+    most = batch // column.samples
+    seconds[column.samples : most * column.samples + 1 : column.samples] = column.seconds[:most]
+    return seconds
+
+
+def _least(takes: NDArray[np.float64], kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the least seconds in which a replica on some chips takes 0, 1, … samples."""
+    return np.asarray(takes[kept].min(axis=0, initial=np.inf))
 
 
 def _multisets(
@@ -120,18 +147,6 @@ def _multisets(
             yield (vectors[index],)
             for more in _multisets(vectors, rest, index):
                 yield (vectors[index], *more)
-
-
-def _least(columns: list[Column], kept: NDArray[np.bool_], vector: tuple[int, ...], batch: int) -> NDArray[np.float64]:
-    """Return the least seconds in which a replica on these chips takes 0, 1, … samples."""
-    least = np.full(batch + 1, np.inf)
-    least[0] = 0.0
-    for index in np.flatnonzero(kept):
-        column = columns[index]
-        if column.chips == vector:
-            for samples in range(1, batch + 1):
-                least[samples] = min(least[samples], column.seconds[-(-samples // column.samples) - 1])
-    return least
 
 
 def _shared(

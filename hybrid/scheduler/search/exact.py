@@ -1,4 +1,4 @@
-"""Exact: the best choice among all columns of a small problem.
+"""Exact: the best choice among all shapes of a small problem.
 
 Pure. For every number of replicas and every bound on the reduction, the least step by bisection; at a given
 step a knapsack over the chips says how many samples the best replicas take.
@@ -12,60 +12,81 @@ import numpy as np
 
 from hybrid.scheduler.search.choice import Choice, share_out
 from hybrid.scheduler.search.columns import Column
-from hybrid.scheduler.search.options import Array
+from hybrid.scheduler.search.options import Array, Ints
 from hybrid.scheduler.search.problem import Problem
+from hybrid.scheduler.search.shapes import Shapes
 
 _ROUNDS = 30
 
 
-def choose_exactly(problem: Problem, columns: list[Column]) -> Choice | None:
+def choose_exactly(problem: Problem, shapes: list[Shapes]) -> Choice | None:
     """Return the choice with the best score that keeps the limits, or None where there is none."""
     best: Choice | None = None
     most = min(problem.vocabulary.max_replicas or problem.num_chips, problem.num_chips)
-    for num_replicas in range(1, most + 1):
-        reduce_s = np.array([column.reduce_s(num_replicas) for column in columns])
-        kept = _undominated(columns, reduce_s)
-        if not kept:
-            continue
-        knapsack = _Knapsack(problem, [columns[index] for index in kept], reduce_s[kept], num_replicas)
+    every = _All(shapes)
+    for num_replicas in range(1, most + 1 if shapes else 1):
+        reduce_s = np.concatenate([part.reduce_s(num_replicas) for part in shapes])
+        kept = every.undominated(reduce_s)
+        knapsack = _Knapsack(problem, every, kept, reduce_s[kept], num_replicas)
         for limit_s in np.unique(reduce_s[kept]):
+            if best is not None and problem.objective == "throughput" and limit_s >= best.step_s:
+                break
             if np.isfinite(limit_s):
                 best = knapsack.improve(best, float(limit_s))
     return best
 
 
-def _undominated(columns: list[Column], reduce_s: Array) -> list[int]:
-    """Return the columns that no other with the same chips and microbatch beats at everything."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for index in np.argsort(reduce_s, kind="stable"):
-        column = columns[index]
-        groups.setdefault((column.chips, column.samples), []).append(int(index))
-    kept = []
-    for group in groups.values():
-        least = np.full(len(columns[group[0]].seconds), np.inf)
-        for index in group:
-            if np.any(columns[index].seconds < least):
-                kept.append(index)
-                least = np.minimum(least, columns[index].seconds)
-    return sorted(kept)
+class _All:
+    """Shapes of every kind in one row of arrays."""
+
+    def __init__(self, shapes: list[Shapes]) -> None:
+        self.shapes = shapes
+        width = max((part.seconds.shape[1] for part in shapes), default=1)
+        padded = [np.pad(p.seconds, ((0, 0), (0, width - p.seconds.shape[1])), constant_values=np.inf) for p in shapes]
+        self.seconds = np.concatenate(padded) if padded else np.empty((0, width))
+        self.samples = np.array([float(part.table.microbatch) for part in shapes for _ in range(len(part))])
+        self.chips = np.concatenate([part.chips for part in shapes]) if shapes else np.empty((0, 1), dtype=np.intp)
+        keys = np.column_stack([self.chips, self.samples.astype(np.intp)])
+        self.kind = np.unique(keys, axis=0, return_inverse=True)[1].reshape(-1)
+        self.starts = np.cumsum([0, *(len(part) for part in shapes)])
+
+    def undominated(self, reduce_s: Array) -> Ints:
+        """Return those that no other with the same chips and microbatch beats at everything."""
+        order = np.lexsort((reduce_s, self.kind))
+        ends = np.flatnonzero(np.diff(self.kind[order], append=-1)) + 1
+        kept, first = [], 0
+        for end in map(int, ends):
+            rows = order[first:end]
+            seconds = self.seconds[rows]
+            before = np.minimum.accumulate(seconds, axis=0)
+            better = np.ones(len(rows), dtype=bool)
+            better[1:] = (seconds[1:] < before[:-1]).any(axis=1)
+            kept.append(rows[better])
+            first = end
+        return np.sort(np.concatenate(kept)) if kept else np.empty(0, dtype=np.intp)
+
+    def column(self, row: int) -> Column:
+        """Return one of them."""
+        part = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.shapes[part].column(row - int(self.starts[part]))
 
 
 class _Knapsack:
-    """Columns for one number of replicas."""
+    """Shapes for one number of replicas."""
 
-    def __init__(self, problem: Problem, columns: list[Column], reduce_s: Array, num_replicas: int) -> None:
-        self.problem, self.columns, self.reduce_s, self.num_replicas = problem, columns, reduce_s, num_replicas
-        self.samples = np.array([column.samples for column in columns], dtype=np.float64)
-        width = max(len(column.seconds) for column in columns)
-        self.seconds = np.full((len(columns), width), np.inf)
-        for row, column in enumerate(columns):
-            self.seconds[row, : len(column.seconds)] = column.seconds
-        vectors: dict[tuple[int, ...], list[int]] = {}
-        for row, column in enumerate(columns):
-            vectors.setdefault(column.chips, []).append(row)
-        self.vectors = list(vectors)
-        self.rows = [np.array(rows) for rows in vectors.values()]
+    def __init__(self, problem: Problem, every: _All, kept: Ints, reduce_s: Array, num_replicas: int) -> None:
+        self.problem, self.every, self.kept = problem, every, kept
+        self.reduce_s, self.num_replicas = reduce_s, num_replicas
+        self.samples, self.seconds = every.samples[kept], every.seconds[kept]
+        found, place = np.unique(every.chips[kept], axis=0, return_inverse=True)
+        self.vectors = [tuple(map(int, vector)) for vector in found]
+        self.rows = [np.flatnonzero(place.reshape(-1) == index) for index in range(len(found))]
         self.shape = tuple(pool.num_chips + 1 for pool in problem.pools)
+        # Chips at any prices bound what replicas take: all alike, and each pool by itself.
+        count = len(problem.pools)
+        prices = np.vstack([np.ones(count), 1.0 / np.array([n.num_chips for n in problem.pools]), np.eye(count) + 1e-3])
+        self.prices = prices
+        self.worth = prices @ found.T.astype(np.float64)  # (prices, vectors)
 
     def improve(self, best: Choice | None, limit_s: float) -> Choice | None:
         """Return a better choice whose reduction takes `limit_s` at most, or the one given."""
@@ -119,6 +140,9 @@ class _Knapsack:
 
     def _takes(self, seconds: float, limit_s: float, corner: tuple[int, ...]) -> bool:
         values, _ = self._values(seconds, limit_s)
+        most = (np.array(values) / self.worth).max(axis=1) * (self.prices @ np.array(corner))
+        if min(float(most.min()), self.num_replicas * max(values)) < self.problem.global_batch * (1 - 1e-9):
+            return False
         return bool(self._layers(values)[-1][corner] >= self.problem.global_batch)
 
     def _replicas(self, seconds: float, limit_s: float, corner: tuple[int, ...]) -> list[tuple[Column, int]]:
@@ -132,4 +156,4 @@ class _Knapsack:
                     counts[row] = counts.get(row, 0) + 1
                     corner = before
                     break
-        return [(self.columns[row], count) for row, count in counts.items()]
+        return [(self.every.column(int(self.kept[row])), count) for row, count in counts.items()]

@@ -7,13 +7,16 @@ that takes m microbatches of b samples in that time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 
 from hybrid.scheduler.search.cheapest import Cheapest
-from hybrid.scheduler.search.columns import Column, measure_columns
+from hybrid.scheduler.search.columns import Column
 from hybrid.scheduler.search.options import Array, Ints, OptionTable
+from hybrid.scheduler.search.orders import stages_a_rank
+from hybrid.scheduler.search.pace import steady_microbatches
+from hybrid.scheduler.search.shapes import enumerable, laid_out, measure_columns
 
 _SHARES = (1.0, 0.5)
 """How long the other stages are taken to be, against the slowest."""
@@ -29,6 +32,9 @@ class Generator:
         every = np.arange(len(cuts) - 1)
         self.hardest_s = float(self.cheapest.stage_s[:, every, every + 1].min(axis=0).max())
         """No stage is shorter than the longest layer on the option that is fastest at it."""
+        names = enumerable(table.problem)
+        # GPipe holds all of a step: it is tried on what was found, unless it is the only one.
+        self.schedules = tuple(name for name in names if name != "gpipe") or names
         self.seen: set[tuple[object, ...]] = set()
 
     def columns(
@@ -66,17 +72,35 @@ class Generator:
                     if (chosen, bounds) not in self.seen:
                         self.seen.add((chosen, bounds))
                         found.setdefault(depth, []).append((chosen, bounds))
-        columns = []
-        for depth, shapes in found.items():
-            grid = np.array(sorted({1, 2, depth, 2 * depth, 3 * depth + 2}))
-            columns += measure_columns(
-                table,
-                np.array([chosen for chosen, _ in shapes], dtype=np.intp),
-                np.array([bounds for _, bounds in shapes], dtype=np.intp),
-                grid,
-                capped=False,
-            )
-        return columns
+        return [
+            column
+            for depth, shapes in found.items()
+            for schedule in (self.schedules if depth > 1 else self.schedules[:1])
+            for column in self._measured(depth, shapes, schedule)
+        ]
+
+    def _measured(
+        self, num_ranks: int, shapes: list[tuple[tuple[int, ...], tuple[int, ...]]], schedule: str
+    ) -> list[Column]:
+        """Return the columns of some shapes with one stage a rank, laid out for a schedule."""
+        problem = self.table.problem
+        counts = {1, 2, num_ranks, 2 * num_ranks, steady_microbatches(schedule, num_ranks)}
+        if schedule == "gpipe":  # it holds all of the step
+            counts.add(-(-problem.global_batch // self.table.microbatch))
+        if stages_a_rank(schedule) > 1 and num_ranks > 1:
+            ranks = [(chosen, [b - a for a, b in pairwise(bounds)]) for chosen, bounds in shapes]
+            laid = [laid_out(problem, chosen, held, schedule) for chosen, held in ranks]
+            shapes = [shape for shape in laid if shape is not None]
+        if not shapes:
+            return []
+        return measure_columns(
+            self.table,
+            np.array([chosen for chosen, _ in shapes], dtype=np.intp),
+            np.array([bounds for _, bounds in shapes], dtype=np.intp),
+            np.array(sorted(counts)),
+            capped=False,
+            schedule=schedule if num_ranks > 1 else "1f1b",
+        )
 
 
 class Takes:

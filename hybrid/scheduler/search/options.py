@@ -46,6 +46,7 @@ class OptionTable:
         self._reductions: dict[int, Array] = {}
         self.options = tuple(_options(problem, microbatch))
         self.num_layers = problem.table.num_layers
+        self.pools = range(len(problem.pools))
         self.pool_of = np.array([option.pool for option in self.options], dtype=np.intp)
         self.chips = np.array(
             [option.width * _slot(option.degree, problem.pools[option.pool].node_size) for option in self.options],
@@ -223,7 +224,8 @@ class OptionTable:
         first, end = bounds[:, :-1], bounds[:, 1:]
         ranks = chosen.shape[1] // stages_a_rank(schedule)
         if num_microbatches is None or not self.problem.memory.capped_by_microbatches:
-            num_microbatches = 4 * ranks + 2
+            least = min(self.problem.vocabulary.microbatches)
+            num_microbatches = 4 * ranks + 2 if schedule != "gpipe" else -(-self.problem.global_batch // least)
         order = order_of(schedule, ranks, num_microbatches)
         base, held = self.base_bytes[chosen, first, end], self.held_bytes[chosen, first, end]
         home, peaks = np.array(order.rank_of_stage), np.empty((len(chosen), ranks))

@@ -18,6 +18,8 @@ from hybrid.scheduler.search.problem import Problem
 
 _INTEGER_UP_TO = 8192
 """Chips up to which replicas are counted by an integer program; beyond, rounding costs next to nothing."""
+FEW_CHIPS = 64
+"""Chips up to which each number of replicas is planned for by itself."""
 _NODES = 40
 """Of an integer program's tree: a count, not a time, so that a plan is the same on a busy machine."""
 _STEPS = 16
@@ -52,6 +54,9 @@ class Program:
                 rows.append(weights[None, :])
                 limits.append(np.array([limit]))
         most = problem.vocabulary.max_replicas
+        if problem.num_chips <= FEW_CHIPS:
+            # Here a replica more or less decides what a reduction costs.
+            most = min(num_replicas, most or num_replicas)
         if most is not None:
             rows.append(np.ones((1, len(columns))))
             limits.append(np.array([float(most)]))

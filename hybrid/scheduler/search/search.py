@@ -12,19 +12,22 @@ import numpy as np
 
 from hybrid.scheduler.search.cheapest import price_grid
 from hybrid.scheduler.search.choice import Choice, share_out
-from hybrid.scheduler.search.columns import Column, enumerate_columns
+from hybrid.scheduler.search.climb import climb, search_orders
+from hybrid.scheduler.search.columns import Column
 from hybrid.scheduler.search.exact import choose_exactly
 from hybrid.scheduler.search.generate import Generator
 from hybrid.scheduler.search.islands import merged
 from hybrid.scheduler.search.options import Array, Ints, OptionTable
 from hybrid.scheduler.search.problem import Limits, Problem
-from hybrid.scheduler.search.program import Program
+from hybrid.scheduler.search.program import FEW_CHIPS, Program
 from hybrid.scheduler.search.refuse import check_hopes, limit_refusal, refusal
+from hybrid.scheduler.search.shapes import enumerable, enumerate_shapes
 
-_SMALL_CHIPS, _SMALL_COLUMNS = 8, 120_000
+_SMALL_SHAPES = 120_000
+_COARSE_SHAPES, _FEWEST_CUTS = 50_000, 3
+_CLIMB_CHIPS = 256
 _COARSE_CUTS = 13
 _ROUNDS = 2
-_FEW_CHIPS = 64
 _ENOUGH = 0.997
 """A round that shortens the step by less than this is the last."""
 
@@ -35,7 +38,7 @@ class Found:
 
     choice: Choice
     method: str
-    """`exact` among all columns, or `column generation`."""
+    """`exact` among all shapes, or what was done instead."""
     num_columns: int
 
 
@@ -54,14 +57,66 @@ def search(problem: Problem, *, method: str = "auto") -> Found:
     check_hopes(problem)
     tables = [OptionTable(problem, size) for size in problem.vocabulary.microbatches]
     tables = [table for table in tables if table.options]
-    if method != "column generation" and (method == "exact" or _is_small(problem)):
-        columns = enumerate_columns(tables, most=_SMALL_COLUMNS)
-        if columns is not None:
-            choice = choose_exactly(problem, columns)
-            if choice is None:
-                raise _refused(problem, columns)
-            return Found(choice=choice, method="exact", num_columns=len(columns))
-    return _generate(problem, tables)
+    found = None
+    if method == "exact" or (method == "auto" and problem.num_chips <= FEW_CHIPS):
+        found = _among_all(problem, tables)
+    if found is None or (found.method != "exact" and method == "auto"):
+        found = _better_of(found, _generate(problem, tables, found))
+    choice = found.choice
+    may_climb = problem.num_chips <= _CLIMB_CHIPS or len(enumerable(problem)) > 1
+    if found.method != "exact" and problem.vocabulary.step_law != "sailor" and may_climb:
+        choice = climb(choice)
+        if method == "auto" and problem.num_chips <= FEW_CHIPS:
+            choice = _zoomed(problem, tables, choice, 0).choice
+    return replace(found, choice=search_orders(choice))
+
+
+def _among_all(problem: Problem, tables: list[OptionTable]) -> Found | None:
+    """Return the best choice among all shapes, or, where they are too many, among those on a coarse grid, then a finer.
+
+    Raises:
+        PlanError, FleetError: with every cut allowed there is none.
+    """
+    shapes = enumerate_shapes(tables, most=_SMALL_SHAPES)
+    if shapes is not None:
+        choice = choose_exactly(problem, shapes)
+        if choice is None:
+            raise _refused(problem, [column for part in shapes for column in part.columns()])
+        return Found(choice=choice, method="exact", num_columns=sum(map(len, shapes)))
+    layers = problem.table.num_layers
+    for places in range(min(layers, _COARSE_CUTS), _FEWEST_CUTS - 1, -1):
+        cuts = np.unique(np.linspace(0, layers, places + 1).round().astype(np.intp))
+        shapes = enumerate_shapes(tables, most=_COARSE_SHAPES, cuts=cuts)
+        if shapes is not None:
+            choice = choose_exactly(problem, shapes)
+            return None if choice is None else _zoomed(problem, tables, choice, sum(map(len, shapes)))
+    return None
+
+
+def _zoomed(problem: Problem, tables: list[OptionTable], choice: Choice, num_columns: int) -> Found:
+    """Return the best choice among shapes whose cuts lie next to those of the best one, until it stays the best."""
+    while True:
+        found = None
+        for reach in (2, 1):
+            cuts = {
+                min(max(cut + step, 0), problem.table.num_layers)
+                for group in choice.groups
+                for cut in group.column.bounds
+                for step in range(-reach, reach + 1)
+            }
+            shapes = enumerate_shapes(tables, most=_COARSE_SHAPES, cuts=np.array(sorted(cuts)))
+            if shapes is not None:
+                num_columns += sum(map(len, shapes))
+                found = choose_exactly(problem, shapes)
+                break
+        if found is None or found.score >= choice.score * (1 - 1e-6):
+            return Found(choice=choice, method="coarse enumeration", num_columns=num_columns)
+        choice = found
+
+
+def _better_of(one: Found | None, other: Found) -> Found:
+    """Return the one with the better score."""
+    return other if one is None or other.choice.score < one.choice.score else one
 
 
 def _refused(problem: Problem, columns: list[Column]) -> Exception:
@@ -78,23 +133,25 @@ def _refused(problem: Problem, columns: list[Column]) -> Exception:
     return limit_refusal(problem, choices)
 
 
-def _is_small(problem: Problem) -> bool:
-    return sum(pool.num_chips for pool in problem.pools) <= _SMALL_CHIPS and problem.table.num_layers <= 12
+def _generate(problem: Problem, tables: list[OptionTable], known: Found | None) -> Found:
+    """Return the best choice over all pools, or over those of one site where sites only hinder one another.
 
-
-def _generate(problem: Problem, tables: list[OptionTable]) -> Found:
-    """Return the best choice over all pools, or over those of one site where sites only hinder one another."""
+    Raises:
+        PlanError, FleetError: nothing is found, and nothing was known.
+    """
     columns: list[Column] = []
     choices: list[Choice] = []
     for part in _parts(problem):
         here = tables if part is problem else [OptionTable(part, table.microbatch) for table in tables]
         here = [table for table in here if table.options]
-        for replicas in _guesses(part):
+        for replicas in _guesses(part, known):
             found, made = _best_of_part(part, here, replicas)
             columns += made
             choices += found
     kept = [choice for choice in choices if choice.keeps_limits and np.isfinite(choice.step_s)]
     if not kept:
+        if known is not None:
+            return known
         raise _refused(problem, columns)
     best = min(kept, key=lambda choice: choice.score)
     return Found(choice=best, method="column generation", num_columns=len(columns))
@@ -137,7 +194,7 @@ def _best_of_part(problem: Problem, tables: list[OptionTable], replicas: int) ->
         prices = np.vstack([base, *([duals / duals.max()] if duals.max() > 0 else [])])
     if not columns:
         return [], []
-    if sum(pool.num_chips for pool in problem.pools) <= _FEW_CHIPS:
+    if sum(pool.num_chips for pool in problem.pools) <= FEW_CHIPS:
         for stretch in (1.3, 2.0):
             columns += _price_out(generators, problem, stretch * target_s, replicas, base)
     choices = _choose(problem, columns, replicas, target_s)
@@ -196,7 +253,7 @@ def _choose(problem: Problem, columns: list[Column], replicas: int, target_s: fl
         least = min(least, reached[0])
         if problem.objective == "throughput":
             # Whole replicas need longer than fractions of them, the longer the fewer they are.
-            for stretch in (1.0, 1.1, 1.3, 1.7, 2.4) if num_chips <= _FEW_CHIPS else (1.0,):
+            for stretch in (1.0, 1.1, 1.3, 1.7, 2.4) if num_chips <= FEW_CHIPS else (1.0,):
                 found += program.integers(stretch * reached[0], limit_s, reached[1])
         else:
             found += program.cheapest(reached[0], limit_s)
@@ -223,13 +280,16 @@ def _first_guess(problem: Problem, tables: list[OptionTable]) -> float:
     return 3 * problem.global_batch / rate if rate else 1.0
 
 
-def _guesses(problem: Problem) -> list[int]:
+def _guesses(problem: Problem, known: Found | None) -> list[int]:
     """Return about how many replicas to count on: it decides what a reduction costs, the less the more there are."""
     num_chips = sum(pool.num_chips for pool in problem.pools)
     most = min(problem.global_batch, num_chips, problem.vocabulary.max_replicas or num_chips)
-    if num_chips > _FEW_CHIPS:
+    if num_chips > FEW_CHIPS:
         return [max(1, min(most, num_chips // 4))]
-    return [2**power for power in range(most.bit_length())]
+    if known is not None:
+        near = known.choice.num_replicas
+        return [count for count in (near, near + 1) if count <= most]
+    return [count for count in range(1, most + 1) if count <= 4 or count == most or count.bit_count() <= 2]
 
 
 def _few_prices(problem: Problem) -> Array:

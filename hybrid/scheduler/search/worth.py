@@ -11,11 +11,11 @@ import numpy as np
 
 from hybrid.errors import HybridError
 from hybrid.scheduler.search.choice import Choice, share_out
-from hybrid.scheduler.search.columns import measure_columns
 from hybrid.scheduler.search.islands import merged
 from hybrid.scheduler.search.options import OptionTable
 from hybrid.scheduler.search.problem import Pool, Problem
 from hybrid.scheduler.search.search import Found, search
+from hybrid.scheduler.search.shapes import measure_columns
 
 _WORTH_IT = 0.01
 """A pool that improves the objective by less is recommended to be left out."""
