@@ -113,7 +113,8 @@ def least_step_s(problem: Problem) -> float:
     takes = np.stack([_samples_s(column, batch) for column in columns])
     available = tuple(pool.num_chips for pool in problem.pools)
     for replicas in _multisets(sorted(by_vector), available):
-        reduce_s = np.array([column.reduce_s(len(replicas)) for column in columns])
+        used = tuple(pool for pool in range(len(available)) if any(vector[pool] for vector in replicas))
+        reduce_s = np.array([column.reduce_s(len(replicas), used) for column in columns])
         rows = {vector: np.array(by_vector[vector]) for vector in set(replicas)}
         for limit_s in np.unique(np.concatenate([reduce_s[mine] for mine in rows.values()])):
             if limit_s >= best:

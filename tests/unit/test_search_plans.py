@@ -185,3 +185,15 @@ def test_shares_add_up_to_the_batch_whatever_the_microbatches():
     for batch in (5, 7, 12):
         choice = search(replace(problem, global_batch=batch)).choice
         assert choice.is_exact
+
+
+def test_a_plan_on_a_part_of_the_pools_names_them_as_the_whole_does():
+    problem = plain(grown(random_problem(11, memory_binds=True), 12))
+    slow = LinkModel(latency_s=10.0, bytes_per_s=1e3)
+    links = {key: link if key[0] == key[2] else slow for key, link in problem.network.links.items()}
+    choice = search(replace(problem, network=Network(links=links))).choice
+    assert len(choice.problem.pools) == len(choice.chips) == 3
+    used = [index for index, count in enumerate(choice.chips) if count]
+    assert len(used) == 1
+    options = {option.pool for group in choice.groups for option in map(group.column.option_of_rank, [0])}
+    assert options == set(used)

@@ -75,7 +75,10 @@ class Choice:
     @property
     def reduce_s(self) -> float:
         """The reduction after the slowest replica's last backward: nothing overlaps it."""
-        return max(group.column.reduce_s(self.num_replicas) for group in self.groups)
+        if self.num_replicas == 1:
+            return 0.0
+        used = tuple(pool for pool, count in enumerate(self.chips) if count)
+        return max(group.column.reduce_s(self.num_replicas, used) for group in self.groups)
 
     @cached_property
     def step_s(self) -> float:

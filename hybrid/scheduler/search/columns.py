@@ -101,10 +101,10 @@ class Column:
         seconds_of = exact_step_seconds if num_microbatches * len(self.chosen) <= _EXACT_UP_TO else step_seconds
         return float(seconds_of(self.pipelines(), num_microbatches, law, self.schedule)[0]) + self.update_s
 
-    def reduce_s(self, num_replicas: int) -> float:
-        """Return the seconds in which its slowest rank reduces its gradients."""
+    def reduce_s(self, num_replicas: int, used: tuple[int, ...] | None = None) -> float:
+        """Return the seconds in which its slowest rank reduces its gradients, with replicas on the used pools."""
         first, end = list(self.bounds[:-1]), list(self.bounds[1:])
-        seconds = self.table.reduce_s_cached(num_replicas)[list(self.chosen), first, end]
+        seconds = self.table.reduce_s_cached(num_replicas, used)[list(self.chosen), first, end]
         if self.num_ranks == len(self.chosen):
             return float(seconds.max())
         return float(np.bincount(self.rank_of_stage, weights=seconds).max())

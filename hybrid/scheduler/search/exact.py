@@ -7,8 +7,10 @@ step a knapsack over the chips says how many samples the best replicas take.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hybrid.scheduler.search.choice import Choice, share_out
 from hybrid.scheduler.search.columns import Column
@@ -17,23 +19,45 @@ from hybrid.scheduler.search.problem import Problem
 from hybrid.scheduler.search.shapes import Shapes
 
 _ROUNDS = 30
+_MOST_POOLS = 4
+"""Pools up to which every set of them is tried."""
 
 
 def choose_exactly(problem: Problem, shapes: list[Shapes]) -> Choice | None:
     """Return the choice with the best score that keeps the limits, or None where there is none."""
     best: Choice | None = None
     most = min(problem.vocabulary.max_replicas or problem.num_chips, problem.num_chips)
+    if not shapes:
+        return None
     every = _All(shapes)
-    for num_replicas in range(1, most + 1 if shapes else 1):
-        reduce_s = np.concatenate([part.reduce_s(num_replicas) for part in shapes])
-        kept = every.undominated(reduce_s)
-        knapsack = _Knapsack(problem, every, kept, reduce_s[kept], num_replicas)
-        for limit_s in np.unique(reduce_s[kept]):
-            if best is not None and problem.objective == "throughput" and limit_s >= best.step_s:
-                break
-            if np.isfinite(limit_s):
-                best = knapsack.improve(best, float(limit_s))
+    for num_replicas in range(1, most + 1):
+        for used in _sets(problem, alone=num_replicas == 1):
+            reduce_s = np.concatenate([part.reduce_s(num_replicas, used) for part in shapes])
+            reduce_s[every.leaves(used)] = np.inf
+            best = _improved(problem, every, reduce_s, num_replicas, best)
     return best
+
+
+def _improved(problem: Problem, every: _All, reduce_s: Array, num_replicas: int, best: Choice | None) -> Choice | None:
+    """Return a better choice of so many replicas with these reductions, or the one given."""
+    kept = every.undominated(reduce_s)
+    if not len(kept):
+        return best
+    knapsack = _Knapsack(problem, every, kept, reduce_s[kept], num_replicas)
+    for limit_s in np.unique(reduce_s[kept]):
+        if best is not None and problem.objective == "throughput" and limit_s >= best.step_s:
+            break
+        best = knapsack.improve(best, float(limit_s))
+    return best
+
+
+def _sets(problem: Problem, *, alone: bool) -> Iterable[tuple[int, ...]]:
+    """Yield sets of pools that replicas may be on together: a slow link counts only where both its ends are used."""
+    pools = tuple(range(len(problem.pools)))
+    if alone:  # nothing is reduced
+        return [pools]
+    sizes = range(1, len(pools) + 1) if len(pools) <= _MOST_POOLS else (1, len(pools))
+    return [chosen for size in sizes for chosen in combinations(pools, size)]
 
 
 class _All:
@@ -50,9 +74,15 @@ class _All:
         self.kind = np.unique(keys, axis=0, return_inverse=True)[1].reshape(-1)
         self.starts = np.cumsum([0, *(len(part) for part in shapes)])
 
+    def leaves(self, used: tuple[int, ...]) -> NDArray[np.bool_]:
+        """Return which of them use another pool."""
+        others = [pool for pool in range(self.chips.shape[1]) if pool not in used]
+        return np.asarray(self.chips[:, others].any(axis=1))
+
     def undominated(self, reduce_s: Array) -> Ints:
-        """Return those that no other with the same chips and microbatch beats at everything."""
+        """Return those with a finite reduction that no other with the same chips and microbatch beats at everything."""
         order = np.lexsort((reduce_s, self.kind))
+        order = order[np.isfinite(reduce_s[order])]
         ends = np.flatnonzero(np.diff(self.kind[order], append=-1)) + 1
         kept, first = [], 0
         for end in map(int, ends):

@@ -43,7 +43,7 @@ class OptionTable:
 
     def __init__(self, problem: Problem, microbatch: int) -> None:
         self.problem, self.microbatch = problem, microbatch
-        self._reductions: dict[int, Array] = {}
+        self._reductions: dict[tuple[int, tuple[int, ...]], Array] = {}
         self.options = tuple(_options(problem, microbatch))
         self.num_layers = problem.table.num_layers
         self.pools = range(len(problem.pools))
@@ -147,11 +147,11 @@ class OptionTable:
             found.append((sizes, place.reshape(rows.shape)))
         return found
 
-    def reduce_s(self, num_replicas: int) -> Array:
+    def reduce_s(self, num_replicas: int, used: tuple[int, ...] | None = None) -> Array:
         """Return the seconds in which a stage's gradients are reduced over so many replicas.
 
-        At one site a ring or two trees over the slowest link that the site's pools have among them; between sites
-        each chip then exchanges its share of the shard with its peers. Infinite where a link is missing. Sailor's
+        At one site a ring or two trees over the slowest link that the used pools (default: all) have there; between
+        sites each chip then exchanges its share of the shard with its peers. Infinite where a link is missing. Sailor's
         law looks at the pool's own link alone (its uniform plans are costed whole, by their members).
 
         Shapes:
@@ -160,11 +160,11 @@ class OptionTable:
         found = np.zeros_like(self.shard_bytes)
         if num_replicas <= 1:
             return found
-        pools = self.problem.pools
+        pools = self.problem.pools if used is None else tuple(self.problem.pools[index] for index in used)
         num_sites = len({pool.site for pool in pools})
         local = max(1, num_replicas // num_sites)
         for index, option in enumerate(self.options):
-            pool = pools[option.pool]
+            pool = self.problem.pools[option.pool]
             sizes, place = self._shards[index]
             worst = np.zeros_like(sizes)
             for other in (pool,) if self.problem.vocabulary.step_law == "sailor" else pools:
@@ -181,11 +181,12 @@ class OptionTable:
             found[index] = (worst + slow)[place]
         return found
 
-    def reduce_s_cached(self, num_replicas: int) -> Array:
-        """Return `reduce_s`, computed once for each number of replicas."""
-        if num_replicas not in self._reductions:
-            self._reductions[num_replicas] = self.reduce_s(num_replicas)
-        return self._reductions[num_replicas]
+    def reduce_s_cached(self, num_replicas: int, used: tuple[int, ...] | None = None) -> Array:
+        """Return `reduce_s`, computed once for each number of replicas and set of used pools."""
+        key = num_replicas, tuple(self.pools) if used is None else used
+        if key not in self._reductions:
+            self._reductions[key] = self.reduce_s(num_replicas, used)
+        return self._reductions[key]
 
     def _ring_s(self, link: LinkModel, sizes: Array, ranks: int, sharers: int) -> Array:
         return reduce_seconds(link, sizes, ranks, bucket_bytes=self.problem.reduce_bucket_bytes, sharers=sharers)

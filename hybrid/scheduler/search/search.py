@@ -146,8 +146,8 @@ def _generate(problem: Problem, tables: list[OptionTable], known: Found | None) 
         here = [table for table in here if table.options]
         for replicas in _guesses(part, known):
             found, made = _best_of_part(part, here, replicas)
-            columns += made
-            choices += found
+            columns += made if part is problem else []
+            choices += found if part is problem else [_lifted(problem, tables, choice) for choice in found]
     kept = [choice for choice in choices if choice.keeps_limits and np.isfinite(choice.step_s)]
     if not kept:
         if known is not None:
@@ -158,12 +158,34 @@ def _generate(problem: Problem, tables: list[OptionTable], known: Found | None) 
 
 
 def _parts(problem: Problem) -> list[Problem]:
-    """Return the problem, and each of its sites alone where there are several."""
+    """Return the problem, each of its sites alone, and each pool alone whose way to others is slower than inside."""
     sites = sorted({pool.site for pool in problem.pools})
-    if len(sites) == 1:
-        return [problem]
-    alone = [problem.with_pools(pool for pool in problem.pools if pool.site == site) for site in sites]
-    return [problem, *alone]
+    parts = [problem]
+    if len(sites) > 1:
+        parts += [problem.with_pools(pool for pool in problem.pools if pool.site == site) for site in sites]
+    if len(problem.pools) > 1:
+        for pool in problem.pools:
+            inside = problem.link(pool, pool)
+            if any(problem.link(pool, other) != inside for other in problem.pools if other.site == pool.site):
+                parts.append(problem.with_pools([pool]))
+    return parts
+
+
+def _lifted(problem: Problem, tables: list[OptionTable], choice: Choice) -> Choice:
+    """Return a choice on a part of the pools as one on all of them."""
+    place = {pool.name: index for index, pool in enumerate(problem.pools)}
+    groups = []
+    for group in choice.groups:
+        column, part = group.column, group.column.table
+        table = next(table for table in tables if table.microbatch == part.microbatch)
+        options = [part.options[index] for index in column.chosen]
+        moved = [replace(option, pool=place[choice.problem.pools[option.pool].name]) for option in options]
+        chips = [0] * len(problem.pools)
+        for pool, count in zip(choice.problem.pools, column.chips, strict=True):
+            chips[place[pool.name]] = count
+        chosen = tuple(table.options.index(option) for option in moved)
+        groups.append(replace(group, column=replace(column, table=table, chosen=chosen, chips=tuple(chips))))
+    return Choice(problem=problem, groups=tuple(groups))
 
 
 def _best_of_part(problem: Problem, tables: list[OptionTable], replicas: int) -> tuple[list[Choice], list[Column]]:

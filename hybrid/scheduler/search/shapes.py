@@ -43,13 +43,14 @@ class Shapes:
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def reduce_s(self, num_replicas: int) -> Array:
-        """Return the seconds in which each one's slowest rank reduces its gradients.
+    def reduce_s(self, num_replicas: int, used: tuple[int, ...] | None = None) -> Array:
+        """Return the seconds in which each one's slowest rank reduces its gradients, with replicas on the used pools.
 
         Shapes:
             returns: (N,)
         """
-        seconds = self.table.reduce_s_cached(num_replicas)[self.chosen, self.bounds[:, :-1], self.bounds[:, 1:]]
+        all_s = self.table.reduce_s_cached(num_replicas, used)
+        seconds = all_s[self.chosen, self.bounds[:, :-1], self.bounds[:, 1:]]
         ranks = self.chosen.shape[1] // stages_a_rank(self.schedule)
         if ranks == self.chosen.shape[1]:
             return np.asarray(seconds.max(axis=1))
