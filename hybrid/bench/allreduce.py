@@ -61,7 +61,7 @@ def measure_allreduce(*, quick: bool) -> Result:
 
 def arms() -> tuple[str, ...]:
     """Return what is compared."""
-    return ("gloo", *transports())
+    return ("gloo", "shm-bucket", "shm-plain", *transports())
 
 
 def _run(team: Team, settings: Settings, num_ranks: int, times: Times) -> None:

@@ -84,9 +84,14 @@ def open_team(num_ranks: int, sizes: tuple[int, ...], folder: str) -> Team:
     return team
 
 
+def _arms() -> tuple[str, ...]:
+    """Return what is compared; `shm-lent` reads each message in the ring, a byte a page, instead of copying it out."""
+    return ("memcpy", "gloo", "shm-lent", *transports())
+
+
 def _run(team: Team, settings: Settings) -> Times:
     times: Times = defaultdict(list)
-    arms = ("memcpy", "gloo", *transports())
+    arms = _arms()
     for size_bytes in settings.sizes:
         count = settings.count(size_bytes)
         for turn in range(settings.turns + 1):
@@ -157,7 +162,7 @@ def _rows(times: Times, ratio: Callable[[str, str, int], float]) -> Iterator[Row
 
 
 def _shown(settings: Settings, times: Times) -> Iterator[Mapping[str, str]]:
-    for arm in ("memcpy", "gloo", *transports()):
+    for arm in _arms():
         latency = times.get(("latency", arm, min(settings.sizes)))
         line = {"GB/s one way": arm}
         for size_bytes in settings.sizes:

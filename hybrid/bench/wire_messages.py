@@ -1,6 +1,7 @@
 """What the processes of the p2p and all-reduce benchmarks are told. Data only; no torch.
 
-Arms are named: `gloo`, or a transport of `hybrid.transports.VARIANTS`.
+Arms are named: `gloo`, a transport of `hybrid.transports.VARIANTS` (or a group over it), or `shm-…`: other ways through
+shared memory.
 """
 
 from __future__ import annotations

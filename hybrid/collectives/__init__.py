@@ -1,7 +1,7 @@
 """Collectives: operations among several ranks, of one vendor or of several, over transports or shared memory.
 
-`open_edges` and `open_group` make a group out of a rank's `TransportNode`; `open_island_group` makes one that goes by
-islands. Imports a variant only when it is opened.
+`open_edges` and `open_group` make a group out of a rank's `TransportNode`, `open_shm_group` one that shares memory, and
+`open_island_group` one that goes by islands. Imports a variant only when it is opened.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from hybrid.transports.base import Transport, TransportNode
 
 if TYPE_CHECKING:
     from hybrid.collectives.codecs import Codec
+    from hybrid.collectives.shm_group import ShmGroup
     from hybrid.collectives.transport_group import TransportGroup
 
-__all__ = ["Group", "PointToPoint", "ReduceOp", "Work", "open_edges", "open_group", "open_island_group"]
+__all__ = ["Group", "PointToPoint", "ReduceOp", "Work", "open_edges", "open_group", "open_island_group", "open_shm_group"]
 
 
 def open_edges(node: TransportNode, address_of_rank: Mapping[int, str], *, timeout_s: float) -> dict[int, Transport]:
@@ -73,15 +74,37 @@ def _transport_group(
 ) -> TransportGroup:
     from hybrid.collectives.transport_group import TransportGroup
 
-    position_of_rank = {member: position for position, member in enumerate(ranks)}
+    position, edge_of_position = _positions(edges, ranks, rank)
     return TransportGroup(
-        rank=position_of_rank[rank],
-        ranks=tuple(ranks),
-        edges={position_of_rank[peer]: edge for peer, edge in edges.items() if peer in position_of_rank},
-        name=name,
-        timeout_s=timeout_s,
-        link=link,
+        rank=position, ranks=tuple(ranks), edges=edge_of_position, name=name, timeout_s=timeout_s, link=link
     )
+
+
+def _positions(
+    edges: Mapping[int, Transport], ranks: Sequence[int], rank: int
+) -> tuple[int, dict[int, Transport]]:
+    """Return this rank's position among `ranks`, and the edges to the others by theirs."""
+    position_of_rank = {member: position for position, member in enumerate(ranks)}
+    edge_of_position = {position_of_rank[peer]: edge for peer, edge in edges.items() if peer in position_of_rank}
+    return position_of_rank[rank], edge_of_position
+
+
+def open_shm_group(
+    edges: Mapping[int, Transport],
+    ranks: Sequence[int],
+    rank: int,
+    *,
+    name: str,
+    timeout_s: float | None = None,
+) -> ShmGroup:
+    """Return a group of ranks of one host that share memory; its `bucket` makes tensors that are reduced in place.
+
+    Args as for `open_group`; it is at its best with edges of the variant `shm`.
+    """
+    from hybrid.collectives.shm_group import ShmGroup
+
+    position, edge_of_position = _positions(edges, ranks, rank)
+    return ShmGroup(rank=position, ranks=tuple(ranks), edges=edge_of_position, name=name, timeout_s=timeout_s)
 
 
 def open_island_group(

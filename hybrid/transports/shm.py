@@ -33,8 +33,8 @@ _MAX_RECORD_BYTES = 4096
 _MAX_CALLERS = 32
 """Who has connected and said nothing yet; the oldest beyond that is sent away."""
 _RETRY_S = 0.02
-SPIN_S = 50e-6
-"""A wake-up across cores takes about 30 µs: who waits looks for somewhat longer before he sleeps."""
+SPIN_S = 150e-6
+"""A wake-up across cores costs 30 µs, and the next piece of a long message comes after 100: one looks that long."""
 
 
 def open_shm_node(

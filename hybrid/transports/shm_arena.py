@@ -1,9 +1,9 @@
 """Which bytes of a ring are taken: the sender's book of its half of a shared segment.
 
 Bytes are taken one behind the other, round and round, and given back in any order: a message that waits for its
-receive does not hold up the bytes behind it. Walking on, instead of using warm bytes again, is what is fast for long
-messages: bytes that the other core has just read cost a write four times as much as bytes that it has forgotten. Short
-messages have a corner of their own to walk round in, so that they do not touch memory that was never used.
+receive does not hold up the bytes behind it. Three rings of one memory: short messages walk round a corner of their
+own; the pieces of long ones walk round a middle that the caches hold (walking on, because bytes that the other core has
+just read cost a write several times as much as bytes that it has forgotten); the rest is for what waits longer.
 Pure: no memory, no clock. May import only the standard library.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import final
 
 ALIGN_BYTES = 64
@@ -26,30 +27,37 @@ def aligned(size_bytes: int) -> int:
 
 @final
 class Arena:
-    """A ring of `size_bytes`, of which the first `near_bytes` are for short messages.
+    """A ring of `size_bytes`: first `near_bytes` for short messages, then `middle_bytes`, then the rest.
 
     Cost:
         A bisection and one move of a list entry an operation; there are as many gaps as messages wait out of turn.
     """
 
-    def __init__(self, size_bytes: int, *, near_bytes: int = 0) -> None:
-        assert size_bytes % ALIGN_BYTES == near_bytes % ALIGN_BYTES == 0, "an arena is whole cache lines"
-        self.size_bytes, self._near_bytes = size_bytes, near_bytes
-        self._near, self._far = _Walk(0, near_bytes), _Walk(near_bytes, size_bytes)
+    def __init__(self, size_bytes: int, *, near_bytes: int = 0, middle_bytes: int = 0) -> None:
+        self._near_bytes, self._far_bytes = near_bytes, near_bytes + middle_bytes
+        borders = (0, self._near_bytes, self._far_bytes, size_bytes)
+        assert not any(border % ALIGN_BYTES for border in borders), "an arena is whole cache lines"
+        self._near, self._middle, self._far = (_Walk(start, end) for start, end in pairwise(borders))
 
     @property
     def num_extents(self) -> int:
         """How many extents are taken."""
-        return len(self._near.size_of_extent) + len(self._far.size_of_extent)
+        return sum(len(walk.size_of_extent) for walk in (self._near, self._middle, self._far))
 
     def take(self, size_bytes: int) -> int | None:
-        """Return the offset of `size_bytes` in one piece, or None where no gap holds them."""
-        offset = self._near.take(size_bytes) if size_bytes * _SHORT_PER_NEAR <= self._near_bytes else None
+        """Return the offset of `size_bytes` in one piece, where they fit best, or None where no gap holds them."""
+        offset = self.take_hot(size_bytes)
         return self._far.take(size_bytes) if offset is None else offset
+
+    def take_hot(self, size_bytes: int) -> int | None:
+        """Return the offset of `size_bytes` in one piece of what the caches hold, or None."""
+        offset = self._near.take(size_bytes) if size_bytes * _SHORT_PER_NEAR <= self._near_bytes else None
+        return self._middle.take(size_bytes) if offset is None else offset
 
     def take_up_to(self, size_bytes: int) -> tuple[int, int] | None:
         """Return offset and size of the next gap, or of its first `size_bytes`; None where nothing is free."""
-        return self._far.take_up_to(size_bytes) or self._near.take_up_to(size_bytes)
+        walks = (self._middle, self._far, self._near)
+        return next((found for walk in walks if (found := walk.take_up_to(size_bytes)) is not None), None)
 
     def cut(self, offset: int, size_bytes: int) -> None:
         """Part a taken extent in two, the first of them of `size_bytes`; each is given back by itself."""
@@ -64,7 +72,7 @@ class Arena:
         return self._walk_of(offset).give_back(offset)
 
     def _walk_of(self, offset: int) -> _Walk:
-        return self._near if offset < self._near_bytes else self._far
+        return self._near if offset < self._near_bytes else self._middle if offset < self._far_bytes else self._far
 
 
 @final

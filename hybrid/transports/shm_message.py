@@ -48,15 +48,18 @@ class Outgoing:
         """End before the whole message is in the ring."""
         self.ended, self.failure = True, failure
 
-    def put_piece(self, arena: Arena, lane: Lane) -> tuple[int, int] | None:
+    def put_piece(self, arena: Arena, lane: Lane, *, hot: bool) -> tuple[int, int] | None:
         """Copy the next piece into the ring and show it.
+
+        Args:
+            hot: only into what the caches hold.
 
         Returns:
             Its extent, and what it takes of the window; None where there is no room.
         """
         head_bytes = max(-self._filled, 0)
         wanted = head_bytes + self._next_bytes()
-        extent = self._extent or self._take(arena, wanted, head_bytes)
+        extent = self._extent or self._take(arena, wanted, head_bytes, hot=hot, whole=lane.is_read_in_place())
         if extent is None:
             return None
         offset, size_bytes = extent[0], min(extent[1], wanted)
@@ -72,13 +75,16 @@ class Outgoing:
     def _next_bytes(self) -> int:
         return min(self._starts[-1] - max(self._filled, 0), self._piece_bytes)
 
-    def _take(self, arena: Arena, wanted: int, head_bytes: int) -> tuple[int, int] | None:
-        """Take the rest of the message in one extent where there is one, else a piece, else a part of a piece."""
+    def _take(self, arena: Arena, wanted: int, head_bytes: int, *, hot: bool, whole: bool) -> tuple[int, int] | None:
+        """Take room for the rest of the message (`whole`), else for a piece, else for a part of a piece."""
         rest = self._starts[-1] - self._filled
-        for size_bytes in (rest, wanted) if rest <= arena.size_bytes // 2 else (wanted,):
-            offset = arena.take(size_bytes)
-            if offset is not None:
-                return offset, size_bytes
+        if whole and (offset := arena.take(rest)) is not None:
+            return offset, rest
+        offset = arena.take_hot(wanted) if hot else arena.take(wanted)
+        if offset is not None:
+            return offset, wanted
+        if hot:
+            return None
         if not head_bytes:
             return arena.take_up_to(wanted)
         offset = arena.take(head_bytes)

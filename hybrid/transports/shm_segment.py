@@ -19,7 +19,7 @@ from hybrid.host_memory import create_memory, publish_fence
 from hybrid.transports.base import MESSAGE_OVERHEAD_BYTES
 from hybrid.transports.shm_arena import aligned
 
-_PIECE_BYTES, _NEAR_BYTES = 1 << 20, 256 << 10
+_PIECE_BYTES, _NEAR_BYTES, _MIDDLE_BYTES = 1 << 20, 256 << 10, 8 << 20
 _PAGE_BYTES = mmap.PAGESIZE
 _LINE_WORDS = 16
 """Counters of different writers lie two cache lines apart: neighbours are fetched in pairs."""
@@ -54,9 +54,14 @@ class Layout:
         return min(_NEAR_BYTES, aligned(self.window_bytes // 8))
 
     @property
+    def middle_bytes(self) -> int:
+        """The part of the arena that long messages go through while their receiver keeps up."""
+        return min(_MIDDLE_BYTES, aligned(self.window_bytes // 8))
+
+    @property
     def arena_bytes(self) -> int:
         """More than the limit, for gaps."""
-        return _pages(self.window_bytes + self.window_bytes // 4 + (64 << 10) + self.near_bytes)
+        return _pages(self.window_bytes + self.window_bytes // 4 + (64 << 10) + self.near_bytes + self.middle_bytes)
 
     @property
     def control_bytes(self) -> int:
@@ -107,7 +112,8 @@ class Segment:
 class Lane:
     """One direction. The sender calls `note`, `returned`; the receiver `noted`, `give_back`.
 
-    Words: [0] notes written, [16] returns written, [32] whether the sender sleeps, [48] whether the receiver does.
+    Words: [0] notes written, [16] returns written, [32] whether the sender sleeps, [48] whether the receiver does,
+    [49] whether the receiver reads messages where they lie.
     """
 
     def __init__(self, words: memoryview[int], data: memoryview, num_notes: int) -> None:
@@ -183,6 +189,14 @@ class Lane:
     def receiver_sleeps(self, asleep: bool) -> None:
         """Say whether the receiver is to be woken when something is shown."""
         self._words[3 * _LINE_WORDS] = int(asleep)
+
+    def reads_in_place(self) -> None:
+        """Say that the receiver reads messages where they lie: each should be in one piece."""
+        self._words[3 * _LINE_WORDS + 1] = 1
+
+    def is_read_in_place(self) -> bool:
+        """Return whether the receiver reads messages where they lie."""
+        return bool(self._words[3 * _LINE_WORDS + 1])
 
     def must_wake_sender(self) -> bool:
         """Return whether the sender sleeps, and take it for awake from now on. Call `fence` first."""

@@ -69,7 +69,8 @@ class Engine:
     """The lock of a node and the waits under it.
 
     Args:
-        spin_s: how long a wait looks again and again before it blocks: waking up costs more than a short look.
+        spin_s: how long after the last movement a wait looks again and again before it blocks: waking up costs more
+            than a short look.
     """
 
     def __init__(self, *, spin_s: float = 0.0) -> None:
@@ -123,6 +124,7 @@ class Engine:
                             self._moving[fd].ready(fd)
                     if self._move(met):
                         self._ring(waiter)
+                        spin_until_s = min(time.monotonic() + self._spin_s, deadline_s)
                     if met() or self._closed:
                         return met()
                     spins = time.monotonic() < spin_until_s

@@ -82,3 +82,12 @@ def test_short_extents_walk_round_a_corner_of_their_own_and_use_the_rest_only_wh
     arena.give_back(512)
     assert arena.take(128) == 512
     assert arena.num_extents == 10
+
+
+def test_long_extents_use_the_middle_first_and_the_rest_only_when_it_is_full() -> None:
+    arena = Arena(8192, near_bytes=512, middle_bytes=2048)
+    assert [arena.take_hot(1024), arena.take_hot(1024), arena.take_hot(1024)] == [512, 1536, None]
+    assert arena.take(1024) == 2560
+    arena.give_back(512)
+    assert arena.take(1024) == 512
+    assert arena.take_up_to(100_032) == (3584, 4608)
