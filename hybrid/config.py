@@ -205,7 +205,8 @@ class RuntimeConfig(Frozen):
 
     placement: Literal["ray", "threads"] = "ray"
     """`ray`: one process a rank; `threads`: all ranks in this process, for tests and debugging."""
-    transport: Literal["zmq", "inproc"] = "zmq"
+    transport: Literal["zmq", "shm", "inproc"] = "zmq"
+    """What carries tensors between ranks. `shm`: shared memory, for ranks of one host; `inproc`: for threads."""
     zmq_medium: Literal["ipc", "tcp"] = "tcp"
     threads_per_rank: Positive = 1
     timeout_s: Annotated[Real, Field(gt=0)] = 60.0

@@ -37,6 +37,7 @@ def run_doctor(*, as_json: bool) -> int:
         ("backend emulated trn2", lambda: _backend("emulated", "trn2")),
         ("backend emulated h100", lambda: _backend("emulated", "h100")),
         ("transport inproc", lambda: _transport("inproc")),
+        ("transport shm", lambda: _transport("shm")),
         ("transport zmq-ipc", lambda: _transport("zmq-ipc")),
         ("transport zmq-tcp", lambda: _transport("zmq-tcp")),
         ("real CUDA device", _cuda),

@@ -311,7 +311,7 @@ def _patience_s(job: JobConfig) -> float:
 
 def _open_node(spec: WorkerSpec) -> TransportNode:
     runtime = spec.job.runtime
-    medium = "inproc" if runtime.transport == "inproc" else f"zmq-{runtime.zmq_medium}"
+    medium = f"zmq-{runtime.zmq_medium}" if runtime.transport == "zmq" else runtime.transport
     return open_node(medium, spec.rank, host=spec.host, token=spec.control.token)
 
 

@@ -7,6 +7,7 @@ Linux only. May import only `errors`, `wire` and this folder.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import logging
 import os
@@ -17,6 +18,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import final
 
 from hybrid.errors import CommTimeout, MachineError, PeerLost, ProtocolError
@@ -67,6 +70,12 @@ class ShmNode(TransportNode):
     def open(self, peer: int, address: str, *, timeout_s: float) -> Transport:
         assert peer != self.rank, "an edge joins two ranks"
         deadline_s = time.monotonic() + timeout_s
+        if address.startswith(_MEDIUM) and not address.startswith(f"{_MEDIUM}{_host_word()}/"):
+            raise ProtocolError(
+                f"rank {peer} is on another host: shm joins ranks of one host",
+                value=address,
+                fix="place the ranks on one host, or use the zmq transport",
+            )
         edge = self._dial(peer, address, deadline_s) if self.rank < peer else self._await(peer, deadline_s)
         with self._engine.lock:
             if self._closed:
@@ -157,13 +166,23 @@ def _connect(address: str) -> socket.socket | None:
     line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     line.setblocking(False)
     try:
-        line.connect("\0" + address.removeprefix(_MEDIUM))
+        line.connect("\0" + address.rpartition("/")[2])
         if _uid_of(line) == os.getuid():
             return line
     except OSError:
         pass
     line.close()
     return None
+
+
+@cache
+def _host_word() -> str:
+    """Return a word for this running host, which other hosts do not have."""
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    except OSError:
+        text = socket.gethostname()
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _uid_of(line: socket.socket) -> int:
@@ -184,6 +203,7 @@ class _Door:
         self._engine, self._rank, self._token, self._window_bytes = engine, rank, token, window_bytes
         self._callers: deque[_Caller] = deque()
         name = f"hybrid-shm-{secrets.token_hex(16)}"
+        self.address = f"{_MEDIUM}{_host_word()}/{name}"
         try:
             self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self._listener.setblocking(False)
@@ -191,7 +211,6 @@ class _Door:
             self._listener.listen(128)
         except OSError as error:
             raise MachineError(f"cannot listen on this host: {error.strerror}", value=name) from None
-        self.address = _MEDIUM + name
         self.fds: tuple[int, ...] = (self._listener.fileno(),)
         self._readable = True
 

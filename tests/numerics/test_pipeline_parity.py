@@ -313,6 +313,14 @@ def test_twenty_steps_of_every_schedule_have_the_losses_of_the_reference_bit_for
     assert _columns(_events(job, reference=False)) == _columns(_events(job, reference=True))
 
 
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_twenty_steps_over_shared_memory_have_the_losses_of_the_reference_bit_for_bit(
+    num_stages: int, tmp_path: Path
+) -> None:
+    job = _job(tmp_path, precision="fp32", num_stages=num_stages, schedule="1f1b", runtime__transport="shm")
+    assert _columns(_events(job, reference=False)) == _columns(_events(job, reference=True))
+
+
 def test_twenty_bf16_steps_have_the_losses_of_the_reference_bit_for_bit(tmp_path: Path) -> None:
     job = _job(tmp_path, precision="bf16", num_stages=3, runtime__transport="inproc")
     assert _columns(_events(job, reference=False)) == _columns(_events(job, reference=True))
