@@ -10,11 +10,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import platform
 import threading
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 from hybrid.errors import MachineError, ProtocolError
 
@@ -59,6 +61,16 @@ def check_memory(fd: int, size_bytes: int) -> None:
         seals = 0
     if seals & _SEALS != _SEALS or os.fstat(fd).st_size != size_bytes:
         raise ProtocolError("a peer's shared memory is not of this protocol", valid=f"{size_bytes} bytes, sealed")
+
+
+@cache
+def host_word() -> bytes:
+    """Return a word for this running host, which other hosts do not have."""
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    except OSError:
+        text = platform.node()
+    return hashlib.sha256(text.encode()).digest()[:8]
 
 
 def fence() -> None:

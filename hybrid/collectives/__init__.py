@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from hybrid.collectives.shm_group import ShmGroup
     from hybrid.collectives.transport_group import TransportGroup
 
-__all__ = ["Group", "PointToPoint", "ReduceOp", "Work", "open_edges", "open_group", "open_island_group", "open_shm_group"]
+__all__ = [
+    "Group",
+    "PointToPoint",
+    "ReduceOp",
+    "Work",
+    "open_edges",
+    "open_group",
+    "open_island_group",
+    "open_shm_group",
+]
 
 
 def open_edges(node: TransportNode, address_of_rank: Mapping[int, str], *, timeout_s: float) -> dict[int, Transport]:
@@ -80,9 +89,7 @@ def _transport_group(
     )
 
 
-def _positions(
-    edges: Mapping[int, Transport], ranks: Sequence[int], rank: int
-) -> tuple[int, dict[int, Transport]]:
+def _positions(edges: Mapping[int, Transport], ranks: Sequence[int], rank: int) -> tuple[int, dict[int, Transport]]:
     """Return this rank's position among `ranks`, and the edges to the others by theirs."""
     position_of_rank = {member: position for position, member in enumerate(ranks)}
     edge_of_position = {position_of_rank[peer]: edge for peer, edge in edges.items() if peer in position_of_rank}

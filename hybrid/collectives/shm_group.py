@@ -39,11 +39,11 @@ class ShmGroup(Group):
         ranks: the members' ranks in the job.
         edges: an open transport to every other member, by position; they stay the caller's.
         name: the same on every member; no other group may ever have it on these edges.
-        timeout_s: for waits that name none.
+        timeout_s: for waits that name none; None: derived from the waits that were observed.
     """
 
     def __init__(
-        self, *, rank: int, ranks: Sequence[int], edges: Mapping[int, Transport], name: str, timeout_s: float
+        self, *, rank: int, ranks: Sequence[int], edges: Mapping[int, Transport], name: str, timeout_s: float | None
     ) -> None:
         self.rank, self.ranks = rank, tuple(ranks)
         self._inner = TransportGroup(rank=rank, ranks=ranks, edges=edges, name=name, timeout_s=timeout_s, link="shm")

@@ -7,6 +7,7 @@ kernel's affair: the same user, in the same container. May import only torch, `e
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import struct
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from hybrid.errors import MachineError, PeerLost, ProtocolError
-from hybrid.host_memory import check_memory, create_memory
+from hybrid.host_memory import check_memory, create_memory, host_word
 from hybrid.transports.base import Pending, Transport
 
-_INVITATION = struct.Struct("<qqQQ")
+_INVITATION = struct.Struct("<8sqqQQ")
 _NAME = "hybrid-group"
 
 
@@ -40,7 +41,7 @@ def meet(edges: Mapping[int, Transport], rank: int, tag: str, size_bytes: int) -
         fd = create_memory(size_bytes, _NAME)
         try:
             memory = _map(fd, size_bytes)
-            word = _INVITATION.pack(os.getpid(), fd, os.fstat(fd).st_ino, size_bytes)
+            word = _INVITATION.pack(host_word(), os.getpid(), fd, os.fstat(fd).st_ino, size_bytes)
             for edge in edges.values():
                 yield edge.send(tag, [word])
             for edge in edges.values():
@@ -65,13 +66,15 @@ def _map(fd: int, size_bytes: int) -> Tensor:
 
 def _open_told(told: bytearray, size_bytes: int) -> int:
     """Return a descriptor of the memory that the first member told of."""
-    pid, remote_fd, inode, told_bytes = _INVITATION.unpack(told)
+    host, pid, remote_fd, inode, told_bytes = _INVITATION.unpack(told)
     try:
+        if host != host_word():
+            raise OSError(errno.EXDEV, "it is on another host")
         fd = os.open(f"/proc/{pid}/fd/{remote_fd}", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        # It has ended, or closed the memory again because it failed while it waited for another member.
+        raise PeerLost("the first member has given up the memory that was to be shared") from None
     except OSError as error:
-        if os.path.exists(f"/proc/{pid}/fd"):
-            # It has closed the memory again: it failed while it waited for another member.
-            raise PeerLost("the first member has given up the memory that was to be shared") from None
         raise MachineError(
             f"cannot open the first member's shared memory: {error.strerror}",
             value=f"process {pid}",

@@ -7,7 +7,6 @@ Linux only. May import only `errors`, `wire` and this folder.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import logging
 import os
@@ -18,12 +17,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
-from pathlib import Path
 from typing import final
 
 from hybrid.errors import CommTimeout, MachineError, PeerLost, ProtocolError
-from hybrid.host_memory import check_memory
+from hybrid.host_memory import check_memory, host_word
 from hybrid.transports.base import DEFAULT_WINDOW_BYTES, MIN_WINDOW_BYTES, Transport, TransportNode
 from hybrid.transports.shm_edge import ShmTransport
 from hybrid.transports.shm_segment import Layout, create_segment
@@ -70,7 +67,7 @@ class ShmNode(TransportNode):
     def open(self, peer: int, address: str, *, timeout_s: float) -> Transport:
         assert peer != self.rank, "an edge joins two ranks"
         deadline_s = time.monotonic() + timeout_s
-        if address.startswith(_MEDIUM) and not address.startswith(f"{_MEDIUM}{_host_word()}/"):
+        if address.startswith(_MEDIUM) and not address.startswith(f"{_MEDIUM}{host_word().hex()}/"):
             raise ProtocolError(
                 f"rank {peer} is on another host: shm joins ranks of one host",
                 value=address,
@@ -175,16 +172,6 @@ def _connect(address: str) -> socket.socket | None:
     return None
 
 
-@cache
-def _host_word() -> str:
-    """Return a word for this running host, which other hosts do not have."""
-    try:
-        text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-    except OSError:
-        text = socket.gethostname()
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def _uid_of(line: socket.socket) -> int:
     """Return the user at the other end, by the kernel's word."""
     credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
@@ -203,7 +190,7 @@ class _Door:
         self._engine, self._rank, self._token, self._window_bytes = engine, rank, token, window_bytes
         self._callers: deque[_Caller] = deque()
         name = f"hybrid-shm-{secrets.token_hex(16)}"
-        self.address = f"{_MEDIUM}{_host_word()}/{name}"
+        self.address = f"{_MEDIUM}{host_word().hex()}/{name}"
         try:
             self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self._listener.setblocking(False)
