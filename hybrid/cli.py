@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hybrid.bench import BENCHES
+from hybrid.bench import BENCHES, TUNERS
 from hybrid.errors import HybridError
 
 _STARTED_S = time.monotonic()
@@ -228,15 +228,19 @@ def validate(
     raise typer.Exit(run_validate(device, chip=chip, to=to, fake=fake, quick=quick, as_json=json))
 
 
+TUNE = "Try every algorithm and print the table of the fastest, for this machine."
+
+
 def _add_bench(name: str, what: str) -> None:
     @bench_app.command(name, help=what)
     def bench(
         json: Json = False,
         quick: Annotated[bool, typer.Option("--quick", help="Fewer repeats.")] = False,
+        tune: Annotated[bool, typer.Option("--tune", help=TUNE, hidden=name not in TUNERS)] = False,
     ) -> None:
         from hybrid.commands.bench import run_bench
 
-        run_bench(name, as_json=json, quick=quick)
+        run_bench(name, as_json=json, quick=quick, tune=tune)
 
 
 for _name, (_where, _what) in BENCHES.items():

@@ -39,4 +39,7 @@ BENCHES: Mapping[str, tuple[str, str]] = {
 }
 """By name: where the benchmark's function is, and what it shows."""
 
-__all__ = ["BENCHES"]
+TUNERS: Mapping[str, str] = {"allreduce": "hybrid.bench.tune:tune_allreduce"}
+"""By a benchmark's name: what its `--tune` runs instead."""
+
+__all__ = ["BENCHES", "TUNERS"]

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from hybrid.bench.messages import Make
 from hybrid.bench.processes import Team
@@ -22,6 +23,7 @@ from hybrid.bench.wire_messages import Copy, MeetAll, OpenNodes, PingPong, Strea
 from hybrid.transports import VARIANTS
 
 KIB, MIB = 1 << 10, 1 << 20
+T = TypeVar("T")
 _REPLY_S = 120.0
 _NAMES = ("rank_0", "rank_1")
 
@@ -116,7 +118,7 @@ def _seconds(team: Team, arm: str, size_bytes: int, count: int) -> float:
     return float(team.ask(dict.fromkeys(_NAMES, message))["rank_1"])
 
 
-def rotated(arms: tuple[str, ...], turn: int) -> tuple[str, ...]:
+def rotated(arms: tuple[T, ...], turn: int) -> tuple[T, ...]:
     """Return the arms in the order of a turn: each is first in turn."""
     start = turn % len(arms)
     return arms[start:] + arms[:start]

@@ -52,6 +52,17 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReduceBy:
+    """All ranks reduce by one algorithm over one transport, `count` times on end; reply: seconds of one."""
+
+    link: str
+    algorithm: str
+    segment_bytes: int
+    size_bytes: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reduce:
     """All ranks reduce, `count` times on end; reply: seconds of one."""
 

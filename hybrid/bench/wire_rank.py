@@ -13,9 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hybrid.bench.wire_messages import Copy, MeetAll, OpenNodes, PingPong, Reduce, Stream
+from hybrid.bench.wire_messages import Copy, MeetAll, OpenNodes, PingPong, Reduce, ReduceBy, Stream
 from hybrid.collectives import Group, open_group, open_shm_group
+from hybrid.collectives.choose import DEFAULT_TABLE, Choice
+from hybrid.collectives.choose import Row as Choosing
 from hybrid.collectives.shm_group import ShmGroup
+from hybrid.collectives.transport_group import TransportGroup
 from hybrid.runtime.interpreter import host_bytes
 from hybrid.transports import open_node
 from hybrid.transports.base import Transport, TransportNode
@@ -69,6 +72,8 @@ class WireRank:
                 return self._copy(size_bytes, count)
             case Reduce(arm=arm, size_bytes=size_bytes, count=count):
                 return self._reduce(arm, size_bytes, count)
+            case ReduceBy() as message:
+                return self._reduce_by(message)
         raise TypeError(f"a rank of this benchmark is asked for {message}")
 
     def _meet(self, addresses: tuple[Mapping[str, str], ...]) -> None:
@@ -152,6 +157,20 @@ class WireRank:
         for _ in range(count):
             self._all_reduce(arm, x)
         return (time.monotonic() - start_s) / count
+
+    def _reduce_by(self, message: ReduceBy) -> float:
+        arm = f"{message.link} {message.algorithm} {message.segment_bytes}"
+        if arm not in self._groups:
+            choice = Choice(algorithm=message.algorithm, segment_bytes=message.segment_bytes)
+            self._groups[arm] = TransportGroup(
+                rank=self._rank,
+                ranks=range(self._num_ranks),
+                edges=self._edges[message.link],
+                name=arm,
+                timeout_s=WAIT_S,
+                table=(Choosing(operation="all_reduce", choice=choice), *DEFAULT_TABLE),
+            )
+        return self._reduce(arm, message.size_bytes, message.count)
 
     def _tensor(self, arm: str, size_bytes: int) -> Tensor:
         if arm != "shm-bucket":

@@ -81,6 +81,14 @@ def combine(op: ReduceOp, parts: Sequence[Tensor], out: Tensor) -> None:
         _fold(function, [part[tile].to(out.dtype) for part in parts], out[tile])
 
 
+def combine_tile(op: ReduceOp, parts: Sequence[Tensor], out: Tensor) -> None:
+    """Do as `combine` with parts of `out`'s format that the caller has cut to what stays in cache."""
+    if torch.get_num_threads() > 1:
+        combine(op, parts, out)  # a longer tile would wake torch's pool of threads
+    else:
+        _fold(_FUNCTION[op], parts, out)
+
+
 def _fold(function: Callable[..., Tensor], parts: Sequence[Tensor], out: Tensor) -> None:
     late = any(part.data_ptr() == out.data_ptr() for part in parts[2:])
     running = parts[0] if late else out

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hybrid.collectives.base import ReduceOp
-from hybrid.collectives.elements import combine, wide_dtype
+from hybrid.collectives.elements import combine, combine_tile, wide_dtype
 from hybrid.collectives.header import HEADER_BYTES, Header
 from hybrid.collectives.scratch import Scratch
 from hybrid.collectives.shm_board import Board
@@ -26,8 +26,8 @@ from hybrid.transports.base import Pending
 _ALIGN_BYTES = 64
 _PLACE = struct.Struct("<qqQ")
 """Number of a bucket (-1: none), where in it, and how many rounds this member needs."""
-REDUCED_BYTES = 64 << 10
-"""What a member reduces at a time where nothing else sets a limit: small enough to stay in cache."""
+REDUCED_BYTES = 256 << 10
+"""What a member reduces at a time in a bucket: small enough to stay in its cache until it is written to the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +90,7 @@ def fold(call: Call, parts: Sequence[Tensor], out: Tensor) -> None:
     wide = wide_dtype(out.dtype, call.op)
     divisor = len(parts) if call.op is ReduceOp.AVG else 1
     if wide == out.dtype:
-        combine(call.op, parts, out)
+        combine_tile(call.op, parts, out)
         if divisor > 1:
             out.div_(divisor)
         return
@@ -141,10 +141,11 @@ def all_reduce_bucket(
     step = REDUCED_BYTES // x.dtype.itemsize
     for low in range(start, stop, step):
         tile = slice(low, min(low + step, stop))
-        fold(call, [place[tile] for place in places], x[tile])
-        for member, place in enumerate(places):
+        parts = [place[tile] for place in places]
+        fold(call, parts, parts[board.rank])
+        for member, part in enumerate(parts):
             if member != board.rank:
-                place[tile].copy_(x[tile])
+                part.copy_(parts[board.rank])
     board.begin()
     yield board.post()
 

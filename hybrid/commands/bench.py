@@ -12,12 +12,12 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from hybrid.bench import BENCHES
+from hybrid.bench import BENCHES, TUNERS
 from hybrid.bench.result import Result, machine_facts, now, to_json
 from hybrid.errors import ConfigError
 
 
-def run_bench(name: str, *, as_json: bool, quick: bool) -> None:
+def run_bench(name: str, *, as_json: bool, quick: bool, tune: bool = False) -> None:
     """Run a benchmark and print what it measured; nothing is written.
 
     Raises:
@@ -25,7 +25,9 @@ def run_bench(name: str, *, as_json: bool, quick: bool) -> None:
     """
     if name not in BENCHES:
         raise ConfigError("no such benchmark", value=name, valid=BENCHES, fix="name one of those")
-    module, function = BENCHES[name][0].split(":")
+    if tune and name not in TUNERS:
+        raise ConfigError("nothing to tune in this benchmark", value=name, valid=TUNERS, fix="leave out --tune")
+    module, function = (TUNERS[name] if tune else BENCHES[name][0]).split(":")
     machine, date = machine_facts(), now()
     with standard_output_kept() as output:
         measure: Callable[..., Result] = getattr(import_module(module), function)
