@@ -228,15 +228,25 @@ def validate(
     raise typer.Exit(run_validate(device, chip=chip, to=to, fake=fake, quick=quick, as_json=json))
 
 
-TUNE = "Try every algorithm and print the table of the fastest, for this machine."
-
-
 def _add_bench(name: str, what: str) -> None:
     @bench_app.command(name, help=what)
     def bench(
         json: Json = False,
         quick: Annotated[bool, typer.Option("--quick", help="Fewer repeats.")] = False,
-        tune: Annotated[bool, typer.Option("--tune", help=TUNE, hidden=name not in TUNERS)] = False,
+    ) -> None:
+        from hybrid.commands.bench import run_bench
+
+        run_bench(name, as_json=json, quick=quick)
+
+
+def _add_tunable_bench(name: str, what: str) -> None:
+    @bench_app.command(name, help=what)
+    def bench(
+        json: Json = False,
+        quick: Annotated[bool, typer.Option("--quick", help="Fewer repeats.")] = False,
+        tune: Annotated[
+            bool, typer.Option("--tune", help="Try every algorithm; print the table of the fastest on this machine.")
+        ] = False,
     ) -> None:
         from hybrid.commands.bench import run_bench
 
@@ -244,7 +254,7 @@ def _add_bench(name: str, what: str) -> None:
 
 
 for _name, (_where, _what) in BENCHES.items():
-    _add_bench(_name, _what)
+    (_add_tunable_bench if _name in TUNERS else _add_bench)(_name, _what)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
