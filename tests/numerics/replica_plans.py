@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.commands.job import fleet_of, plan_of
-from hybrid.config import JobConfig, parse_job
+from hybrid.config import FleetConfig, JobConfig, parse_job
 from hybrid.hardware.fleet import Fleet
 from hybrid.observe.events import Event
 from hybrid.runtime.local import ThreadPlacement
@@ -22,6 +22,8 @@ class Cut:
     num_microbatches: int
     microbatch: int
     speed: float = 1.0
+    island: int = 0
+    """Which of the job's islands it is on, all of it."""
 
 
 def job_of(tmp_path: Path, **changes: Any) -> JobConfig:
@@ -63,7 +65,9 @@ def plan_replicas(job: JobConfig, cuts: Sequence[Cut], *, codec: str = "none") -
     _, fleet = fleet_of(job, None)
     replicas: list[ReplicaPlan] = []
     for number, cut in enumerate(cuts):
-        one = plan_of(job.model_copy(update={"num_stages": len(cut.layers)}), fleet).replica
+        config = FleetConfig(islands=(job.fleet.islands[cut.island],))
+        on_island = job.model_copy(update={"num_stages": len(cut.layers), "fleet": config})
+        one = plan_of(on_island, fleet_of(on_island, None)[1]).replica
         first_rank = sum(len(replica.stages) for replica in replicas)
         ends = [sum(cut.layers[: index + 1]) for index in range(len(cut.layers))]
         stages = tuple(
