@@ -75,10 +75,14 @@ def combine(op: ReduceOp, parts: Sequence[Tensor], out: Tensor) -> None:
         parts: each (N,), in `out`'s format or a narrower one.  out: (N,)
     """
     function = _FUNCTION[op]
+    same = all(part.dtype == out.dtype for part in parts)
+    if same and ((len(parts) == 2 and torch.get_num_threads() == 1) or out.numel() <= _TILE_ELEMENTS):
+        _fold(function, parts, out)
+        return
     for start in range(0, out.numel(), _TILE_ELEMENTS):
         # Two formats in one operation are many times slower than widening a tile that stays in cache.
         tile = slice(start, start + _TILE_ELEMENTS)
-        _fold(function, [part[tile].to(out.dtype) for part in parts], out[tile])
+        _fold(function, [part[tile] if same else part[tile].to(out.dtype) for part in parts], out[tile])
 
 
 def combine_tile(op: ReduceOp, parts: Sequence[Tensor], out: Tensor) -> None:
