@@ -56,6 +56,7 @@ def open_group(
     name: str,
     timeout_s: float | None = None,
     link: str = "any",
+    table: str | None = None,
 ) -> Group:
     """Return a group of some ranks over their edges; close it before the edges. Sends nothing yet.
 
@@ -67,6 +68,7 @@ def open_group(
             128 bytes of UTF-8, no slash.
         timeout_s: of waits that name none; None derives it from how long they took before.
         link: the edges' variant (`zmq-tcp`, `shm`, ...), by which algorithms are chosen.
+        table: a file of rows (see `choose`), the same on every member; None: the shipped one.
 
     Example:
         >>> node = open_node("zmq-tcp", rank)                            # doctest: +SKIP
@@ -75,17 +77,31 @@ def open_group(
         >>> group = open_group(edges, range(4), rank, name="world")      # doctest: +SKIP
         >>> group.all_reduce(gradient).wait()                            # doctest: +SKIP
     """
-    return _transport_group(edges, ranks, rank, name=name, timeout_s=timeout_s, link=link)
+    return _transport_group(edges, ranks, rank, name=name, timeout_s=timeout_s, link=link, table=table)
 
 
 def _transport_group(
-    edges: Mapping[int, Transport], ranks: Sequence[int], rank: int, *, name: str, timeout_s: float | None, link: str
+    edges: Mapping[int, Transport],
+    ranks: Sequence[int],
+    rank: int,
+    *,
+    name: str,
+    timeout_s: float | None,
+    link: str,
+    table: str | None = None,
 ) -> TransportGroup:
+    from hybrid.collectives.choose import DEFAULT_TABLE, load_table
     from hybrid.collectives.transport_group import TransportGroup
 
     position, edge_of_position = _positions(edges, ranks, rank)
     return TransportGroup(
-        rank=position, ranks=tuple(ranks), edges=edge_of_position, name=name, timeout_s=timeout_s, link=link
+        rank=position,
+        ranks=tuple(ranks),
+        edges=edge_of_position,
+        name=name,
+        timeout_s=timeout_s,
+        link=link,
+        table=DEFAULT_TABLE if table is None else load_table(table),
     )
 
 

@@ -73,14 +73,15 @@ class TransportGroup(Group):
     def all_reduce(self, x: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
         x = flat(x)
         check_reducible(x.dtype, op)
-        choice = self._choose("all_reduce", x.nbytes)
+        choice = self._choose("all_reduce", x.nbytes, narrow=wide_dtype(x.dtype, op) != x.dtype)
         return self._submit("all_reduce", choice, x.dtype, [x], [x], op=op, cut=True)
 
     def reduce_scatter(self, out: Tensor, inputs: Sequence[Tensor], op: ReduceOp = ReduceOp.SUM) -> Work:
         blocks, own = self._blocks(inputs, out.dtype), flat(out)
         check_reducible(out.dtype, op)
         _check_size(own, blocks[self.rank].numel(), "the output")
-        choice = self._choose("reduce_scatter", sum(block.nbytes for block in blocks))
+        narrow = wide_dtype(out.dtype, op) != out.dtype
+        choice = self._choose("reduce_scatter", sum(block.nbytes for block in blocks), narrow=narrow)
         return self._submit("reduce_scatter", choice, own.dtype, blocks, self._only(own, self.rank), op=op)
 
     def all_gather(self, outs: Sequence[Tensor], x: Tensor) -> Work:
@@ -97,7 +98,7 @@ class TransportGroup(Group):
     def reduce(self, x: Tensor, root: int, op: ReduceOp = ReduceOp.SUM) -> Work:
         x = flat(x)
         check_reducible(x.dtype, op)
-        choice = self._choose("reduce", x.nbytes)
+        choice = self._choose("reduce", x.nbytes, narrow=wide_dtype(x.dtype, op) != x.dtype)
         return self._submit("reduce", choice, x.dtype, [x], [x if self.rank == root else None], op=op, root=root)
 
     def gather(self, outs: Sequence[Tensor] | None, x: Tensor, root: int) -> Work:
@@ -254,8 +255,8 @@ class TransportGroup(Group):
             if own is not None and place is not None and own.data_ptr() != place.data_ptr():
                 place.copy_(own)
 
-    def _choose(self, operation: str, size_bytes: int) -> Choice:
-        return choose(self._table, operation, size_bytes, self.size, self._link)
+    def _choose(self, operation: str, size_bytes: int, *, narrow: bool = False) -> Choice:
+        return choose(self._table, operation, size_bytes, self.size, self._link, narrow=narrow)
 
     def _blocks(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """Return one vector a member, all of one format."""
