@@ -18,7 +18,7 @@ from hybrid.config import JobConfig
 from hybrid.errors import MachineError, PlanError
 from hybrid.runtime.preflight import check_address
 from hybrid.scheduler.plan import Plan, ReplicaPlan
-from hybrid.scheduler.search.formats import write_fleet_plan
+from hybrid.scheduler.search.fleet_plan import write_fleet_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from hybrid.scheduler.search.choice import Choice
 from hybrid.scheduler.search.confirm import costs_of
 from hybrid.scheduler.search.emit import MOST_RANKS, places_of_fleet, places_of_pools, plan_of_choice
 from hybrid.scheduler.search.explain import Explanation, explain
-from hybrid.scheduler.search.formats import write_fleet_plan
+from hybrid.scheduler.search.fleet_plan import write_fleet_plan
 from hybrid.scheduler.search.problem import Problem
 from hybrid.scheduler.search.search import Found, search
 from hybrid.scheduler.search.worth import Alternative, Worth, is_the_mix_worth_it

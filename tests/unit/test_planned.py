@@ -242,3 +242,21 @@ def test_dollars_need_a_price():
     islands = [{"name": "here", "device": "cpu", "count": 1}]
     with pytest.raises(FleetError, match="pool here has no usd_per_hour"):
         planned(job_with(islands, objective="usd_per_token"))
+
+
+def test_a_lossy_codec_is_taken_only_where_it_is_permitted_and_pays():
+    slow = [{"between": ["trainium", "nvidia"], "bandwidth_bytes_per_s": 1e8, "latency_s": 1e-6}]
+    islands = [{"name": "trainium", "device": "trn2", "count": 1}, {"name": "nvidia", "device": "h100", "count": 1}]
+
+    def codecs(links, **planner):
+        job = job_with(islands, links, **planner).model_copy(update={"num_stages": 2})
+        plan = planned(job).plan
+        return plan.step_s, [edge.codec for replica in plan.replicas for edge in replica.edges]
+
+    plain_s, plain = codecs(slow)
+    coded_s, coded = codecs(slow, codecs=["bf16", "fp8"])
+    assert plain == ["none"]
+    assert coded == ["fp8"]
+    assert coded_s < plain_s
+    fast = [{"between": ["trainium", "nvidia"], "bandwidth_bytes_per_s": 1e15}]
+    assert codecs(fast, codecs=["bf16", "fp8"])[1] == ["none"]

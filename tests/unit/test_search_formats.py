@@ -6,11 +6,11 @@ import pytest
 
 from hybrid.bench.planner_oracle import random_problem
 from hybrid.errors import PlanError
+from hybrid.scheduler.search.fleet_plan import write_fleet_plan
 from hybrid.scheduler.search.formats import (
     read_links,
     read_pools,
     read_profile,
-    write_fleet_plan,
     write_links,
     write_pools,
     write_profile,

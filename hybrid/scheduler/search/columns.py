@@ -54,6 +54,10 @@ class Column:
         """Return where and how a rank runs."""
         return self.table.options[self.chosen[self.rank_of_stage.index(rank)]]
 
+    def ends_of_edge(self, edge: int) -> tuple[int, int, int]:
+        """Return the options on both sides of an edge, and the layer behind it."""
+        return self.chosen[edge], self.chosen[edge + 1], self.bounds[edge + 1]
+
     def peak_bytes_of_stage(self, stage: int, num_microbatches: int) -> float:
         """Return a stage's part of what its rank holds at its peak, fixed bytes left out."""
         if not self.table.problem.memory.capped_by_microbatches:

@@ -6,16 +6,18 @@ Pure. Decides nothing but which chips of an island a stage takes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hybrid.errors import PlanError
 from hybrid.scheduler.plan import EdgePlan, Plan, ReplicaPlan, StagePlan
 from hybrid.scheduler.plan_check import check_consistent
 from hybrid.scheduler.search.choice import Choice, Group
+from hybrid.scheduler.search.codecs import choose_codecs
 from hybrid.scheduler.search.columns import Column
 from hybrid.scheduler.search.islands import Wanted, group_pools, place_stages
 from hybrid.scheduler.search.problem import Pool, Problem
+from hybrid.scheduler.search.sent import narrowing
 
 MOST_RANKS = 16_384
 """A plan names each rank; a larger fleet's is written as groups (`hybrid-fleet-plan`)."""
@@ -152,10 +154,9 @@ def _replica(group: Group, index: int, first: int, ranks: _Ranks, places: Mappin
             for stage in range(len(column.chosen))
             for pool, numbers in [ranks.of(index, column.rank_of_stage[stage])]
         ),
-        edges=tuple(_edge(column, stage) for stage in range(len(column.chosen) - 1)),
+        edges=tuple(_edge(column, stage, codec) for stage, codec in enumerate(choose_codecs(group))),
     )
-    timeline = draft.simulate()
-    return replace(draft, step_s=timeline.step_s, idle_share=timeline.idle_share)
+    return draft.predicted()
 
 
 def _stage(group: Group, stage: int, place: Place, numbers: tuple[int, ...]) -> StagePlan:
@@ -182,14 +183,16 @@ def _stage(group: Group, stage: int, place: Place, numbers: tuple[int, ...]) -> 
     )
 
 
-def _edge(column: Column, stage: int) -> EdgePlan:
-    table, here, there = column.table, column.chosen[stage], column.chosen[stage + 1]
-    cut = column.bounds[stage + 1]
+def _edge(column: Column, stage: int, codec: str) -> EdgePlan:
+    table, (here, there, cut), home = column.table, column.ends_of_edge(stage), column.rank_of_stage
+    transfer_s, latency_s = table.coded_edge_s(codec, here, there, cut)
+    if home[stage] == home[stage + 1]:  # nothing travels
+        transfer_s = latency_s = 0.0
     return EdgePlan(
         from_stage=stage,
         to_stage=stage + 1,
-        size_bytes=round(float(table.output_bytes[cut])),
-        transfer_s=float(table.edge_s[here, there, cut]),
-        latency_s=float(table.edge_latency_s[here, there]),
-        codec="none",
+        size_bytes=round(float(table.output_bytes[cut]) * narrowing(table.problem.table.precision, codec)),
+        transfer_s=transfer_s,
+        latency_s=latency_s,
+        codec=codec,
     )

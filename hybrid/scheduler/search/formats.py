@@ -1,4 +1,4 @@
-"""Formats: the JSON of profiles, links, pools and plans; described field by field in docs/formats.md.
+"""Formats: the JSON of profiles, links and pools; described field by field in docs/formats.md.
 
 Pure: parsed JSON in and out, no file.
 """
@@ -10,7 +10,6 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from hybrid.errors import PlanError
-from hybrid.scheduler.search.choice import Choice
 from hybrid.scheduler.search.links import LinkModel, Network
 from hybrid.scheduler.search.problem import Pool
 from hybrid.scheduler.search.table import Cell, ProfileTable, Sizes
@@ -141,65 +140,6 @@ def read_pools(raw: Mapping[str, Any]) -> tuple[Pool, ...]:
     for index, row in enumerate(raw["pools"]):
         _check_keys(row, ("name", "chip", "num_chips", "node_size", "memory_bytes"), f"pools[{index}]")
     return tuple(Pool(**row) for row in raw["pools"])
-
-
-def write_fleet_plan(choice: Choice) -> dict[str, Any]:
-    """Return a found plan as JSON data: groups of identical replicas, and what is predicted."""
-    problem = choice.problem
-    groups = []
-    for group in choice.groups:
-        column, table = group.column, group.column.table
-        peaks = table.base_bytes, table.held_bytes
-        stages = []
-        for stage, index in enumerate(column.chosen):
-            option, run = table.options[index], (column.bounds[stage], column.bounds[stage + 1])
-            held = len(column.chosen) - stage
-            if problem.memory.capped_by_microbatches:
-                held = min(held, group.num_microbatches)
-            stages.append(
-                {
-                    "pool": problem.pools[option.pool].name,
-                    "chip": problem.pools[option.pool].chip,
-                    "tensor_parallel": option.degree,
-                    "width": option.width,
-                    "recompute": option.recompute,
-                    "first_layer": run[0],
-                    "end_layer": run[1],
-                    "forward_s": float(table.forward_s[(index, *run)]),
-                    "backward_s": float(table.backward_s[(index, *run)]),
-                    "memory_bytes": round(float(peaks[0][(index, *run)] + held * peaks[1][(index, *run)])),
-                    "memory_limit_bytes": round(float(table.limit_bytes[index])),
-                }
-            )
-        groups.append(
-            {
-                "num_replicas": group.num_replicas,
-                "num_microbatches": group.num_microbatches,
-                "microbatch": column.samples,
-                "step_s": column.exact_step_s(group.num_microbatches),
-                "stages": stages,
-            }
-        )
-    return {
-        "format": "hybrid-fleet-plan",
-        "version": VERSION,
-        "model": problem.table.model,
-        "source": problem.table.label,
-        "objective": problem.objective,
-        "global_batch": problem.global_batch,
-        "predicted": {
-            "step_s": choice.step_s,
-            "reduce_s": choice.reduce_s,
-            "tokens_per_s": choice.tokens_per_s,
-            "usd_per_hour": choice.usd_per_hour,
-            "egress_usd_per_step": choice.egress_usd_per_step,
-            "usd_per_token": choice.usd_per_token,
-            "watts": choice.watts,
-            "joules_per_token": choice.joules_per_token,
-        },
-        "chips": {pool.name: used for pool, used in zip(problem.pools, choice.chips, strict=True)},
-        "groups": groups,
-    }
 
 
 def _check(raw: Mapping[str, Any], name: str, keys: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from hybrid.scheduler.search.links import LinkModel, reduce_seconds
 from hybrid.scheduler.search.orders import order_of, stages_a_rank
 from hybrid.scheduler.search.pace import Pipelines
 from hybrid.scheduler.search.problem import Problem
+from hybrid.scheduler.search.sent import BYTES_A_NUMBER, narrowing
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.intp]
@@ -62,6 +63,8 @@ class OptionTable:
         self.limit_bytes = np.empty(len(self.options))
         for index, option in enumerate(self.options):
             self._fill(index, option)
+        self.codecs = tuple(name for name in BYTES_A_NUMBER if name in problem.vocabulary.codecs)
+        """Permitted on edges, the widest first; messages are counted in the narrowest."""
         sizes = problem.table.sizes[min(problem.table.sizes)]
         self.output_bytes = np.array([0.0, *(float(x) * microbatch for x in sizes.output_bytes)])
         """By layer + 1: what leaves a stage that ends there; the first entry is the model's input."""
@@ -98,9 +101,21 @@ class OptionTable:
         is_split = self.options[index].degree > 1 and memory.fixed_bytes_split is not None
         return float(memory.fixed_bytes_split or 0.0) if is_split else memory.fixed_bytes
 
+    def coded_edge_s(self, codec: str, here: int, there: int, cut: int) -> tuple[float, float]:
+        """Return seconds and latency of the activation that leaves layer `cut - 1`, in a codec."""
+        link = self.link(here, there)
+        if link is None:
+            return float("inf"), 0.0
+        one, other = self.options[here], self.options[there]
+        lanes = 1 if link.polynomial else min(one.num_chips, other.num_chips)
+        size = float(self.output_bytes[cut]) * narrowing(self.problem.table.precision, codec)
+        return link.seconds(size / lanes), link.latency_s
+
     @cached_property
     def edge_s(self) -> Array:
-        """Seconds of the activation that leaves layer `end - 1`, from option to option; infinite without a link.
+        """Seconds of the activation behind a layer, from option to option, in the narrowest permitted codec.
+
+        Infinite without a link.
 
         Shapes:
             (options, options, layers + 1)
@@ -111,7 +126,8 @@ class OptionTable:
                 link = self.link(a, b)
                 if link is not None:
                     lanes = 1 if link.polynomial else min(one.num_chips, other.num_chips)
-                    seconds[a, b] = link.seconds_of(self.output_bytes / lanes)
+                    share = narrowing(self.problem.table.precision, self.codecs[-1])
+                    seconds[a, b] = link.seconds_of(self.output_bytes * share / lanes)
         return seconds
 
     @cached_property

@@ -13,10 +13,11 @@ from itertools import pairwise
 import numpy as np
 
 from hybrid.errors import FleetError, PlanError
+from hybrid.scheduler.actions import Schedule
 from hybrid.scheduler.held import peak_posted_of_stage
 from hybrid.scheduler.lowering import lower_communication
 from hybrid.scheduler.plan import Plan, ReplicaPlan
-from hybrid.scheduler.schedules import build_schedule
+from hybrid.scheduler.schedules import build_placed_schedule, parse_order
 from hybrid.scheduler.search.links import LinkModel, Network, reduce_seconds
 from hybrid.scheduler.search.problem import MemoryModel, Pool
 from hybrid.scheduler.search.table import ProfileTable
@@ -65,6 +66,10 @@ class ReplicaSpec:
     num_microbatches: int
     schedule: str = "1f1b"
     count: int = 1
+    rank_of_stage: tuple[int, ...] = ()
+    """Which pipeline rank holds each stage; empty: one each."""
+    order: tuple[str, ...] = ()
+    """Of each pipeline rank its actions as text, where the schedule's name does not say them."""
 
 
 def build_step(
@@ -160,7 +165,7 @@ def _check_cover(replica: ReplicaSpec, num_layers: int, pools: Mapping[str, Pool
 def _pipeline(
     table: ProfileTable, pools: Mapping[str, Pool], network: Network, memory: MemoryModel, replica: ReplicaSpec
 ) -> Pipeline:
-    schedule = build_schedule(replica.schedule, len(replica.stages), replica.num_microbatches)
+    schedule = schedule_of(replica)
     posted = peak_posted_of_stage(lower_communication(schedule))
     stages = tuple(
         _stage(table, pools[spec.pool], memory, replica, spec, max(posted[index]) + 1)
@@ -175,6 +180,14 @@ def _pipeline(
         samples=replica.microbatch,
         count=replica.count,
     )
+
+
+def schedule_of(replica: ReplicaSpec) -> Schedule:
+    """Return the compute actions of one replica."""
+    home = replica.rank_of_stage or tuple(range(len(replica.stages)))
+    if replica.order:
+        return parse_order(replica.order, replica.schedule, home, replica.num_microbatches)
+    return build_placed_schedule(replica.schedule, home, replica.num_microbatches)
 
 
 def _stage(
