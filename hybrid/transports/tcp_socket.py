@@ -32,7 +32,7 @@ class TcpOptions:
     must_seal: bool = False
     """Encrypt also between ranks of one host; between hosts there is no choice."""
     window_bytes: int = DEFAULT_WINDOW_BYTES
-    frame_bytes: int = 1 << 20
+    frame_bytes: int = 4 << 20
     """Longer messages travel in frames of this."""
     join_below_bytes: int = 64 << 10
     """Messages of several buffers, up to this together, travel as one frame."""

@@ -23,6 +23,8 @@ from hybrid.transports.tcp_socket import MAX_STREAMS, TcpOptions
 from hybrid.wire import PROTOCOL_VERSION, Approach, Challenge, Header, Proof, Refusal, decode_header, encode_header
 
 MAX_WORD_BYTES = 1024
+SEALED_FRAME_BYTES = 1 << 20
+"""Longest frame that is sealed: what stays in a core's cache between the cipher and the kernel."""
 _LENGTH = struct.Struct("!H")
 LENGTH_BYTES = _LENGTH.size
 
@@ -55,11 +57,12 @@ def length_of(head: bytes) -> int:
     return int(length)
 
 
-def _terms(ours: TcpOptions, theirs: Approach | Challenge) -> tuple[int, int]:
+def _terms(ours: TcpOptions, theirs: Approach | Challenge, *, sealed: bool) -> tuple[int, int]:
     window_bytes = min(ours.window_bytes, theirs.window_bytes)
     if window_bytes < MIN_WINDOW_BYTES or not theirs.frame_bytes:
         raise ProtocolError("the peer has too small a window", value=theirs.window_bytes)
-    return window_bytes, min(ours.frame_bytes, theirs.frame_bytes, window_bytes // 4)
+    frame_bytes = min(ours.frame_bytes, theirs.frame_bytes, window_bytes // 4)
+    return window_bytes, min(frame_bytes, SEALED_FRAME_BYTES) if sealed else frame_bytes
 
 
 @final
@@ -122,7 +125,7 @@ class Dialing:
                 raise ProtocolError(f"the peer refuses: {reason}", fix="start every rank from the same job and release")
             case _:
                 raise ProtocolError("the peer does not know the job's token")
-        window_bytes, frame_bytes = _terms(self._options, self._challenge)
+        window_bytes, frame_bytes = _terms(self._options, self._challenge, sealed=bool(self._challenge.sealed))
         if not self._challenge.sealed:
             return Bond(window_bytes, frame_bytes, None)
         shared, token = self._half.join(self._challenge.public), self._options.token
@@ -158,7 +161,7 @@ class Listening:
             raise ProtocolError("a stream of no edge", value=(approach.stream, approach.num_streams))
         if len(approach.nonce) != NONCE_BYTES or len(approach.public) != NONCE_BYTES:
             raise ProtocolError("an approach without its random numbers")
-        _terms(self._options, approach)
+        _terms(self._options, approach, sealed=True)
         ours = host_name(token)
         plain_is_safe = self._near and approach.host == ours
         self._sealed = bool(approach.must_seal or self._options.must_seal or not plain_is_safe)
@@ -184,7 +187,7 @@ class Listening:
         said, token, record = self._said, self._options.token, decode_header(word)
         if not isinstance(record, Proof) or not proves(record.mac, token, DIALER, said):
             raise ProtocolError("another job's token")
-        window_bytes, frame_bytes = _terms(self._options, self.approach)
+        window_bytes, frame_bytes = _terms(self._options, self.approach, sealed=self._sealed)
         answer = word_of(Proof(proof(token, LISTENER, said)))
         if not self._sealed:
             return Bond(window_bytes, frame_bytes, None), answer
