@@ -205,12 +205,13 @@ class RuntimeConfig(Frozen):
 
     placement: Literal["ray", "threads"] = "ray"
     """`ray`: one process a rank; `threads`: all ranks in this process, for tests and debugging."""
-    transport: Literal["zmq", "shm", "inproc"] = "zmq"
-    """What carries tensors between ranks. `shm`: shared memory, for ranks of one host; `inproc`: for threads."""
+    transport: Literal["tcp", "zmq", "shm", "inproc"] = "tcp"
+    """What carries tensors between ranks. `tcp` and `zmq` encrypt what leaves the host, and `tcp` is the faster of the
+    two; `shm`: shared memory, for ranks of one host; `inproc`: for threads."""
     zmq_medium: Literal["ipc", "tcp"] = "tcp"
     threads_per_rank: Positive = 1
-    timeout_s: Annotated[Real, Field(gt=0)] = 60.0
-    """The longest silence of a peer that is waited out."""
+    timeout_s: Annotated[Real, Field(gt=0)] | Literal["auto"] = "auto"
+    """The longest wait for a peer; `auto` follows the waits that were observed, 30 s to 10 min, 60 s at first."""
     heartbeat_s: Annotated[Real, Field(gt=0)] = 1.0
     placement_timeout_s: Annotated[Real, Field(gt=0)] = 60.0
     compile: bool = False
@@ -224,11 +225,26 @@ class RuntimeConfig(Frozen):
     coordinator_port: Annotated[Count, Field(ge=0, lt=65536)] = 0
     """0 takes a free port."""
 
+    @property
+    def fixed_timeout_s(self) -> float | None:
+        """The user's own limit of a wait, or None where it is derived."""
+        return None if self.timeout_s == "auto" else self.timeout_s
+
+    @property
+    def setup_timeout_s(self) -> float:
+        """The limit of waits before anything was observed: to meet, to be ready, to leave."""
+        return 60.0 if self.timeout_s == "auto" else self.timeout_s
+
+    @property
+    def medium(self) -> str:
+        """The name of the transport's variant."""
+        return f"zmq-{self.zmq_medium}" if self.transport == "zmq" else self.transport
+
     @model_validator(mode="after")
     def _inproc_is_one_process(self) -> RuntimeConfig:
         if self.transport == "inproc" and self.placement != "threads":
             raise ValueError(
-                "transport inproc joins threads of one process; valid: placement threads, or transport zmq"
+                "transport inproc joins threads of one process; valid: placement threads, or transport tcp"
             )
         return self
 

@@ -21,6 +21,7 @@ from hybrid.runtime.interpreter import Interpreter
 from hybrid.scheduler.actions import Action, Kind
 from hybrid.scheduler.lowering import lower_communication
 from hybrid.transports import open_node
+from hybrid.transports.arrival import ArrivalHistory
 from hybrid.transports.base import Transport
 
 
@@ -64,7 +65,7 @@ class HybridRank(Arm):
             shape=boundary_shape(workload.model, workload.microbatch),
             dtype=torch.float32,
             seconds_of=self._seconds_of,
-            timeout_s=WAIT_S,
+            waits=ArrivalHistory(fixed_s=WAIT_S),
             link_of_rank=self._links(),
         )
 

@@ -21,7 +21,7 @@ from hybrid.bench.result import Result
 from hybrid.bench.workload import COMM_HEAVY, COMPUTE_HEAVY, EVEN, TINY, UNEVEN, Pace, Workload
 from hybrid.config import RuntimeConfig
 
-MEDIUM = f"zmq-{RuntimeConfig().zmq_medium}"
+MEDIUM = RuntimeConfig().medium
 """Our arms' transport: what a job gets that names none."""
 
 MEMBERS_OF_ARM = {

@@ -18,6 +18,7 @@ from hybrid.errors import ScheduleError
 from hybrid.runtime.compute import StageCompute
 from hybrid.runtime.emulated_link import STAMP_BYTES, EmulatedLink, arrival_s
 from hybrid.scheduler.actions import Action, Kind, Schedule
+from hybrid.transports.arrival import ArrivalHistory
 from hybrid.transports.base import Buffer, Pending, Transport
 
 Batch = Callable[[int], tuple[Tensor, Tensor]]
@@ -67,7 +68,7 @@ class Interpreter:
         edge_of_rank: an open transport to every rank that this rank's actions name.
         shape, dtype: of the activation between two stages, (B, T, H).
         seconds_of: what the cost table says an action takes on the real chip.
-        timeout_s: the longest silence of a peer that is waited out.
+        waits: how long peers were waited for, and from it how long to wait; its limits hold.
         link_of_rank: the emulated link to a peer, where both ends are emulated chips.
         on_stage_done: told of each stage when its last backward of the step has run here; its gradients are whole.
     """
@@ -82,7 +83,7 @@ class Interpreter:
         shape: tuple[int, ...],
         dtype: torch.dtype,
         seconds_of: Callable[[Action], float],
-        timeout_s: float,
+        waits: ArrivalHistory,
         link_of_rank: Mapping[int, EmulatedLink] | None = None,
         on_stage_done: Callable[[int], None] | None = None,
     ) -> None:
@@ -97,7 +98,7 @@ class Interpreter:
         self._edges = edge_of_rank
         self._shape, self._dtype = shape, dtype
         self._seconds_of = seconds_of
-        self._timeout_s = timeout_s
+        self._waits = waits
         self._borrowed: dict[tuple[int, int], list[Tensor]] = {}
         self._posted: dict[tuple[Kind, int, int], _Posted] = {}
         self._local: dict[tuple[Kind, int, int], Tensor] = {}
@@ -162,7 +163,7 @@ class Interpreter:
         self._sends.append((self._edges[peer].send(_tag(kind, received, step), buffers), tensor))
 
     def _end_send(self, pending: Pending, sent: Tensor) -> None:
-        pending.wait(self._timeout_s)
+        pending.wait(self._waits.timeout_s)
         if not self._backend.is_host:
             self._backend.recycle(sent)
 
@@ -175,7 +176,9 @@ class Interpreter:
                 raise ScheduleError("an action's input was neither received nor computed here", value=str(action))
             return self._local.pop(key), None
         was_there = posted.pending.done()
-        posted.pending.wait(self._timeout_s)
+        began_s = time.monotonic()
+        posted.pending.wait(self._waits.timeout_s)
+        self._waits.observe(time.monotonic() - began_s)
         self._borrowed.setdefault((action.stage, action.microbatch), []).append(posted.buffer)
         if posted.stamp is not None:
             return posted.buffer, arrival_s(posted.stamp)

@@ -56,9 +56,12 @@ from hybrid.runtime.warmup import first_calls_of, warm_up
 from hybrid.runtime.worker_data import batch_of, tokens_of
 from hybrid.scheduler.lowering import lower_communication
 from hybrid.transports import open_node
+from hybrid.transports.arrival import ArrivalHistory, TimeoutRule
 from hybrid.transports.base import TransportNode
 
 _ABORT_GRACE_S = 3.0
+_WAITS = TimeoutRule(initial_s=60.0, floor_s=30.0, cap_s=600.0)
+"""The floor leaves room for what a peer does now and then, and not in every step: a checkpoint, an evaluation."""
 
 
 def run_worker(spec: WorkerSpec) -> None:
@@ -109,7 +112,7 @@ class Worker:
         self._spec, self._control, self._node = spec, control, node
         self._job, self._replica = spec.job, spec.plan.replica_of_rank(spec.rank)
         self._own, _ = self._replica.place_of_rank(spec.rank)
-        self._timeout_s = self._job.runtime.timeout_s
+        self._waits = ArrivalHistory(_WAITS, fixed_s=self._job.runtime.fixed_timeout_s)
         options = BackendOptions(compile=self._job.runtime.compile)
         capabilities = capabilities_of(spec.chip, spec.memory_bytes)
         self._backend = open_backend(spec.plan.stages_of_rank(spec.rank)[0].backend, capabilities, options)
@@ -131,7 +134,7 @@ class Worker:
             self._node,
             welcome.address_of_rank,
             tied=job.model.tied_embeddings,
-            timeout_s=self._timeout_s,
+            timeout_s=self._waits.timeout_s,
             before_each=self._check_not_aborted,
         )
         self._links = emulated_links(self._replica, self._own)
@@ -147,7 +150,7 @@ class Worker:
             self._after_step(step + 1)
         stats = self._backend.memory_stats()
         self._control.tell(Finished(rank=spec.rank, peak_bytes=stats.device_peak_bytes or stats.peak_bytes))
-        self._control.await_order(Shutdown, timeout_s=self._timeout_s)
+        self._control.await_order(Shutdown, timeout_s=self._waits.timeout_s)
 
     def _join_replicas(self, welcome: Welcome) -> None:
         """Open what joins this rank to the other replicas, where there are any."""
@@ -155,7 +158,7 @@ class Worker:
         self._fragments: Fragments | None = None
         shared = shared_layers(self._job, spec.plan, spec.rank)
         if shared:
-            groups = open_groups(shared, self._node, welcome.address_of_rank, timeout_s=self._timeout_s)
+            groups = open_groups(shared, self._node, welcome.address_of_rank, timeout_s=self._waits.timeout_s)
             if spec.job.diloco is not None:
                 self._fragments = build_fragments(spec, self._held, shared, groups)
                 return
@@ -179,7 +182,7 @@ class Worker:
             shape=boundary_shape(job.model, replica.microbatch),
             dtype=boundary_dtype(job.precision),
             seconds_of=replica.seconds_of,
-            timeout_s=self._timeout_s,
+            waits=self._waits,
             link_of_rank=self._links,
             on_stage_done=None if self._replicas is None else self._replicas.stage_done,
         )
@@ -222,7 +225,7 @@ class Worker:
         """Return the global gradient norm and the loss, the same bits on every rank."""
         home = self._replica.rank_of_stage
         other_end = self._edges.get(home[0] if home[-1] == self._own else home[-1])
-        add_tied_gradients(self._job.model, self._parameters, other_end, step=step, timeout_s=self._timeout_s)
+        add_tied_gradients(self._job.model, self._parameters, other_end, step=step, timeout_s=self._waits.timeout_s)
         own_loss = self._held[-1].compute.take_loss()
         if self._replicas is None:
             squares = squares_of(self._held)
@@ -236,7 +239,7 @@ class Worker:
             num_layers=self._job.model.num_layers,
             edges=self._edges,
             step=step,
-            timeout_s=self._timeout_s,
+            timeout_s=self._waits.timeout_s,
         )
         return global_norm(shared), loss
 
@@ -286,7 +289,7 @@ class Worker:
             tokens=self._tokens,
             backend=self._backend,
             steps_done=steps_done,
-            timeout_s=self._timeout_s,
+            timeout_s=self._waits.timeout_s,
         )
         if loss is not None:
             self._control.tell(EvalReport(rank=self._spec.rank, steps_done=steps_done, loss=loss))
@@ -306,13 +309,11 @@ class Worker:
 def _patience_s(job: JobConfig) -> float:
     """Return how long a rank waits for the slowest to be ready."""
     compile_s = job.runtime.compile_timeout_s if job.runtime.compile else 0.0
-    return job.runtime.placement_timeout_s + job.runtime.timeout_s + compile_s
+    return job.runtime.placement_timeout_s + job.runtime.setup_timeout_s + compile_s
 
 
 def _open_node(spec: WorkerSpec) -> TransportNode:
-    runtime = spec.job.runtime
-    medium = f"zmq-{runtime.zmq_medium}" if runtime.transport == "zmq" else runtime.transport
-    return open_node(medium, spec.rank, host=spec.host, token=spec.control.token)
+    return open_node(spec.job.runtime.medium, spec.rank, host=spec.host, token=spec.control.token)
 
 
 def _fault(rank: int, error: Exception) -> Fault:

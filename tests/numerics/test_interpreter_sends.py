@@ -16,6 +16,7 @@ from hybrid.runtime.compute import StageCompute
 from hybrid.runtime.interpreter import Interpreter
 from hybrid.scheduler.lowering import lower_communication
 from hybrid.scheduler.schedules import one_f_one_b
+from hybrid.transports.arrival import ArrivalHistory
 from hybrid.transports.base import Buffer, Pending, Transport
 
 NUM_MICROBATCHES = 6
@@ -69,7 +70,7 @@ def test_a_step_holds_no_more_than_two_activations_that_have_left(monkeypatch: p
         shape=boundary_shape(MODEL, 1),
         dtype=torch.float32,
         seconds_of=lambda action: 0.0,
-        timeout_s=1.0,
+        waits=ArrivalHistory(fixed_s=1.0),
     )
     ids = torch.zeros(1, MODEL.sequence_length, dtype=torch.int64)
     for step in range(2):

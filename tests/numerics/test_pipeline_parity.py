@@ -31,6 +31,7 @@ from hybrid.runtime.worker_data import batch_of
 from hybrid.scheduler.lowering import lower_communication
 from hybrid.scheduler.plan import Plan
 from hybrid.transports import open_node
+from hybrid.transports.arrival import ArrivalHistory
 
 TIMEOUT_S = 30.0
 MEDIA = {"inproc": ("inproc", "ipc"), "zmq-ipc": ("zmq", "ipc"), "zmq-tcp": ("zmq", "tcp")}
@@ -103,7 +104,7 @@ def _pipeline_gradients(job: JobConfig, tokens: TokenData, medium: str) -> dict[
                 shape=boundary_shape(job.model, job.batch.microbatch),
                 dtype=boundary_dtype(job.precision),
                 seconds_of=replica.seconds_of,
-                timeout_s=TIMEOUT_S,
+                waits=ArrivalHistory(fixed_s=TIMEOUT_S),
             )
             interpreter.run(0, batch_of(job, replica, tokens, 0))
             parameters, home = parameters_of(held), replica.rank_of_stage
