@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from hybrid.bench.islands import measure_islands, with_islands
 from hybrid.bench.p2p import KIB, MIB, open_team, rotated, shown_size, transports
 from hybrid.bench.processes import Team
 from hybrid.bench.result import Result, Row
@@ -31,6 +32,8 @@ class Settings:
     """What the reductions of one turn hold at the least, in one or more and no more than `most`."""
     most: int = 200
     ranks: tuple[int, ...] = RANKS
+    islands: bool = True
+    """Whether two islands over shaped links are measured too."""
 
     def count(self, size_bytes: int) -> int:
         """Return how many reductions a turn has."""
@@ -56,7 +59,8 @@ def measure_allreduce(*, quick: bool) -> Result:
             open_team(num_ranks, settings.sizes, folder) as team,
         ):
             _run(team, settings, num_ranks, times)
-    return _result(settings, times)
+    result = _result(settings, times)
+    return with_islands(result, measure_islands()) if settings.islands else result
 
 
 def arms() -> tuple[str, ...]:

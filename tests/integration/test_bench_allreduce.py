@@ -4,7 +4,7 @@ from hybrid.bench import allreduce
 from hybrid.bench.allreduce import FIGURES, Settings, arms
 from hybrid.bench.p2p import KIB
 
-TINY = Settings(sizes=(4 * KIB,), turns=2, most=3, ranks=(2,))
+TINY = Settings(sizes=(4 * KIB,), turns=2, most=3, ranks=(2,), islands=False)
 
 
 def test_every_arm_has_a_time_and_the_summary_the_names_of_what_was_measured(monkeypatch):
