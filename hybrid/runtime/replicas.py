@@ -108,11 +108,6 @@ class Replicas:
         for exchange in exchanges:
             exchange.arrive()
 
-    def close(self) -> None:
-        """Leave the groups."""
-        for group in self.groups:
-            group.group.close()
-
     def _leave(self, *, with_tied: bool) -> None:
         for group in self.groups:
             for each in group.buckets[group.num_left :]:

@@ -19,6 +19,7 @@ import torch
 from hybrid.backends import BackendOptions, open_backend
 from hybrid.backends.ahead import compile_ahead
 from hybrid.backends.emulated import EmulatedBackend
+from hybrid.collectives.base import Group
 from hybrid.config import JobConfig
 from hybrid.errors import CommError, HybridError, PeerLost, TrainingDiverged
 from hybrid.models.stage import boundary_dtype, boundary_shape
@@ -95,7 +96,11 @@ def run_worker(spec: WorkerSpec) -> None:
         node = _open_node(spec)
         host = socket.gethostname()
         control.tell(Hello(rank=spec.rank, token=spec.control.token, pid=os.getpid(), host=host, address=node.address))
-        Worker(spec, control, node).run()
+        worker = Worker(spec, control, node)
+        try:
+            worker.run()
+        finally:
+            worker.close()
     except Exception as error:
         if node is None:  # the coordinator listens to no one who has not said hello
             control.tell(Hello(rank=spec.rank, token=spec.control.token, pid=os.getpid(), host="", address=""))
@@ -117,6 +122,12 @@ class Worker:
         capabilities = capabilities_of(spec.chip, spec.memory_bytes)
         self._backend = open_backend(spec.plan.stages_of_rank(spec.rank)[0].backend, capabilities, options)
         self._tokens: TokenData = tokens_of(spec)
+        self._groups: tuple[Group, ...] = ()
+
+    def close(self) -> None:
+        """Leave the groups; the node, which carries them, is the caller's."""
+        for group in self._groups:
+            group.close()
 
     def run(self) -> None:
         """Build, train, evaluate, write; ends after the coordinator's Shutdown."""
@@ -158,7 +169,9 @@ class Worker:
         self._fragments: Fragments | None = None
         shared = shared_layers(self._job, spec.plan, spec.rank)
         if shared:
-            groups = open_groups(shared, self._node, welcome.address_of_rank, timeout_s=self._waits.timeout_s)
+            self._groups = groups = open_groups(
+                shared, self._node, welcome.address_of_rank, timeout_s=self._waits.timeout_s
+            )
             if spec.job.diloco is not None:
                 self._fragments = build_fragments(spec, self._held, shared, groups)
                 return
