@@ -70,6 +70,7 @@ class Interpreter:
         seconds_of: what the cost table says an action takes on the real chip.
         waits: how long peers were waited for, and from it how long to wait; its limits hold.
         link_of_rank: the emulated link to a peer, where both ends are emulated chips.
+        on_last_backward: told of each stage just before its last backward of the step, where that is a whole one.
         on_stage_done: told of each stage when its last backward of the step has run here; its gradients are whole.
     """
 
@@ -85,8 +86,10 @@ class Interpreter:
         seconds_of: Callable[[Action], float],
         waits: ArrivalHistory,
         link_of_rank: Mapping[int, EmulatedLink] | None = None,
+        on_last_backward: Callable[[int], None] | None = None,
         on_stage_done: Callable[[int], None] | None = None,
     ) -> None:
+        self._on_last_backward = on_last_backward
         self._on_stage_done = on_stage_done
         self._links = link_of_rank or {}
         self._actions = schedule.actions_of_rank[rank]
@@ -115,8 +118,11 @@ class Interpreter:
         earlier, self._sends = self._sends, deque()
         with next(iter(self._compute.values())).context():
             for action in self._actions:
+                is_last = action in self._last_backwards
+                if self._on_last_backward is not None and is_last and action.kind is Kind.B:
+                    self._on_last_backward(action.stage)
                 self._do(action, step, batch, record)
-                if self._on_stage_done is not None and action in self._last_backwards:
+                if self._on_stage_done is not None and is_last:
                     self._on_stage_done(action.stage)
         # Sends of the step before have had a whole step to leave; these must have.
         while earlier:

@@ -75,7 +75,8 @@ def _shared_group(
             SharedBucket(
                 bucket=bucket,
                 exchange=_exchange(bucket, parameters, shared, group, feedback),
-                stages=frozenset(one.plan.stage for one in held if set(bucket.layers) & set(one.plan.layers)),
+                stage=next(one.plan.stage for one in held if bucket.layers[0] in one.plan.layers),
+                parameters=tuple(p for layer in bucket.layers for p in parameters[layer].values()),
             )
             for bucket in buckets
         ),

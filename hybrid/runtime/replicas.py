@@ -1,13 +1,15 @@
 """Replicas: a rank's gradients reduced with those of the other replicas, updated by their owners, spread to all.
 
-One step: buckets leave as their stages' backwards end (`stage_done`), land in the owners' gradients (`reduce`), and
-after the owners' update come back as parameters (`spread`). Decides nothing: who shares what is `ownership.py`'s.
+One step: buckets leave as the last backward has passed their layers (`last_backward`, `stage_done`), land in the
+owners' gradients (`reduce`), and after the owners' update come back as parameters (`spread`). Decides nothing: who
+shares what is `ownership.py`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -27,8 +29,13 @@ class SharedBucket:
 
     bucket: Bucket
     exchange: BucketExchange
-    stages: frozenset[int]
-    """This rank's stages that hold its layers."""
+    stage: int
+    """This rank's stage that holds its layers."""
+    parameters: tuple[Tensor, ...]
+    num_missing: int = 0
+    """Parameters whose gradients the last backward has not reached yet."""
+    is_whole: bool = False
+    """Its gradients are those of the whole step."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,16 +71,29 @@ class Replicas:
     ) -> None:
         self.groups, self.feedback = tuple(groups), feedback
         self._last_layer, self._uncounted = num_layers - 1, uncounted
-        self._stages_done: set[int] = set()
+        self._watched: int | None = None
+        for each in self._buckets():
+            for parameter in each.parameters:
+                hook = partial(self._on_gradient, each)
+                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch has no types for it
 
     @property
     def sent_bytes(self) -> int:
         """What this rank has sent to other replicas so far; without the squares."""
         return sum(each.exchange.sent_bytes for group in self.groups for each in group.buckets)
 
+    def last_backward(self, stage: int) -> None:
+        """Watch a stage's last backward of the step, which is whole: a bucket leaves when it has passed its layers."""
+        self._watched = stage
+        for each in self._buckets():
+            if each.stage == stage:
+                each.num_missing = len(each.parameters)
+
     def stage_done(self, stage: int) -> None:
-        """Let the buckets leave that waited for this stage's last backward of the step."""
-        self._stages_done.add(stage)
+        """Let the buckets leave that waited for the end of this stage's backwards of the step."""
+        self._watched = None
+        for each in self._buckets():
+            each.is_whole |= each.stage == stage
         self._leave(with_tied=False)
 
     def reduce(self, loss: float | None) -> tuple[dict[int, float], float | None]:
@@ -88,12 +108,12 @@ class Replicas:
             CommTimeout, PeerLost: a member was silent or has gone.
         """
         self._leave(with_tied=True)
-        self._stages_done.clear()
         squares: dict[int, float] = {}
         for group in self.groups:
             group.num_left = 0
             for each in group.buckets:
                 each.exchange.land()
+                each.is_whole = False
             holds_last = self._last_layer in group.shared.group.layers
             found, loss_of_all = self._share_squares(group, loss if holds_last else None)
             squares |= found
@@ -108,11 +128,21 @@ class Replicas:
         for exchange in exchanges:
             exchange.arrive()
 
+    def _buckets(self) -> Iterator[SharedBucket]:
+        return (each for group in self.groups for each in group.buckets)
+
+    def _on_gradient(self, each: SharedBucket, parameter: Tensor) -> None:
+        """Take the news that a backward has added to a parameter's gradient."""
+        if each.stage == self._watched:
+            each.num_missing -= 1
+            if each.num_missing == 0:
+                each.is_whole = True
+                self._leave(with_tied=False)
+
     def _leave(self, *, with_tied: bool) -> None:
         for group in self.groups:
             for each in group.buckets[group.num_left :]:
-                ready = each.stages <= self._stages_done and (with_tied or not each.bucket.is_tied)
-                if not ready:
+                if not each.is_whole or (each.bucket.is_tied and not with_tied):
                     # Behind it nothing leaves either: a group's operations have one order on all its members.
                     break
                 each.exchange.leave()

@@ -197,6 +197,7 @@ class Worker:
             seconds_of=replica.seconds_of,
             waits=self._waits,
             link_of_rank=self._links,
+            on_last_backward=None if self._replicas is None else self._replicas.last_backward,
             on_stage_done=None if self._replicas is None else self._replicas.stage_done,
         )
         allocated_bytes = self._backend.memory_stats().allocated_bytes

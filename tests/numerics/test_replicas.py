@@ -1,5 +1,7 @@
 """Replicas of unequal shape compute what one process computes: the same bits in fp64, given the documented order."""
 
+import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,10 @@ from safetensors.torch import load_file
 from hybrid.errors import PlanError
 from hybrid.models.stage import named_state
 from hybrid.observe.events import EvalEvent, Event, StepEvent
-from hybrid.runtime import worker
+from hybrid.runtime import open_replicas, worker
+from hybrid.runtime.bucket_exchange import BucketExchange
+from hybrid.runtime.replicas import Replicas
+from hybrid.scheduler.reduction import plan_buckets
 from tests.numerics.replica_plans import Cut, job_of, plan_replicas, run_reference, run_replicas
 
 THREE_AND_TWO = (
@@ -138,3 +143,34 @@ def test_narrow_gradients_of_a_float64_job_are_refused(tmp_path: Path) -> None:
     fleet, plan = plan_replicas(job, THREE_AND_TWO, codec="fp8")
     with pytest.raises(PlanError, match="narrow gradients of float64"):
         run_replicas(job, fleet, plan)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_a_bucket_leaves_when_the_last_backward_has_passed_its_layers(
+    schedule: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: list[tuple[str, str]] = []
+
+    def tell(cls: type, name: str) -> None:
+        inner = getattr(cls, name)
+
+        def telling(self: Any, *args: Any) -> Any:
+            what = self.name if name == "leave" else f"{name} {args[0]}"
+            told.append((threading.current_thread().name, what))
+            return inner(self, *args)
+
+        monkeypatch.setattr(cls, name, telling)
+
+    tell(BucketExchange, "leave")
+    tell(Replicas, "stage_done")
+    monkeypatch.setattr(open_replicas, "plan_buckets", partial(plan_buckets, bucket_elements=1))
+    job = job_of(tmp_path, steps=1, schedule=schedule, precision="fp64")
+    whole = Cut(layers=(5,), num_microbatches=4, microbatch=2)
+    fleet, plan = plan_replicas(job, (whole, whole))
+    _, events = run_replicas(job, fleet, plan)
+    order = [what for rank, what in told if rank == "rank-0"]
+    assert sorted(order) == ["layers-0", "layers-1", "layers-2", "layers-3", "layers-4", "stage_done 0"]
+    # Tied layers leave behind the rest; the rest one by one during the backward, unless it is split.
+    assert order[-2:] == ["layers-4", "layers-0"]
+    assert order.index("stage_done 0") == (3 if schedule == "1f1b" else 0)
+    assert _steps(events) == _steps(run_reference(job, plan)[1])
