@@ -92,8 +92,16 @@ def _member(rank: int, place: tuple[str, int], pipe: Pipe) -> None:
     pipe.recv()  # until killed, if nobody was
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[0]} {place[1]}")
+def _cases() -> list[Any]:
+    """Return every place and victim; in the quick run the two take turns."""
+    return [
+        pytest.param(place, victim, id=f"{place[0]} {place[1]} of {victim}", marks=[pytest.mark.slow] * (turn % 2))
+        for number, place in enumerate(PLACES)
+        for turn, victim in enumerate((0, 2), start=number)
+    ]
+
+
+@pytest.mark.parametrize(("place", "victim"), _cases())
 def test_who_shares_memory_with_a_killed_member_is_told_and_makes_a_new_group_at_once(
     place: tuple[str, int], victim: int
 ) -> None:
