@@ -11,7 +11,7 @@ import statistics
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hybrid.bench.islands import measure_islands, with_islands
 from hybrid.bench.p2p import KIB, MIB, open_team, rotated, shown_size, transports
@@ -32,6 +32,7 @@ class Settings:
     """What the reductions of one turn hold at the least, in one or more and no more than `most`."""
     most: int = 200
     ranks: tuple[int, ...] = RANKS
+    arms: tuple[str, ...] = field(default_factory=lambda: arms())
     islands: bool = True
     """Whether two islands over shaped links are measured too."""
 
@@ -40,7 +41,8 @@ class Settings:
         return max(1, min(self.most, self.burst_bytes // size_bytes))
 
 
-QUICK, FULL = Settings(sizes=(4 * KIB, MIB, 64 * MIB), turns=5), Settings()
+SHORT = ("gloo", "shm-bucket", "shm-plain", "shm", "zmq-tcp", "tcp")
+"""The arms of a quick run."""
 Times = dict[tuple[int, str, int], list[float]]
 """(ranks, arm, bytes) to seconds by turn."""
 
@@ -68,11 +70,14 @@ def arms() -> tuple[str, ...]:
     return ("gloo", "shm-bucket", "shm-plain", *transports())
 
 
+QUICK, FULL = Settings(sizes=(4 * KIB, MIB, 64 * MIB), turns=4, arms=SHORT), Settings()
+
+
 def _run(team: Team, settings: Settings, num_ranks: int, times: Times) -> None:
     names = [f"rank_{rank}" for rank in range(num_ranks)]
     for size_bytes in settings.sizes:
         for turn in range(settings.turns + 1):
-            for arm in rotated(arms(), turn):
+            for arm in rotated(settings.arms, turn):
                 message = Reduce(arm=arm, size_bytes=size_bytes, count=settings.count(size_bytes))
                 seconds = max(team.ask_all(names, message))
                 if turn:  # the first turn warms up
@@ -119,7 +124,7 @@ FIGURES: Mapping[str, tuple[int, str, int, float]] = {
 
 def _shown(settings: Settings, times: Times) -> Iterator[Mapping[str, str]]:
     for num_ranks in settings.ranks:
-        for arm in arms():
+        for arm in settings.arms:
             line = {"ranks": str(num_ranks), "ms": arm}
             for size_bytes in settings.sizes:
                 line[shown_size(size_bytes)] = f"{1e3 * statistics.median(times[num_ranks, arm, size_bytes]):.3g}"
