@@ -141,8 +141,8 @@ def open_island_group(
     link: str = "any",
     bandwidth_of_rank: Mapping[int, float] | None = None,
     codec: Codec | None = None,
-    num_lanes: int = 2,
-    chunk_bytes: int = 8 << 20,
+    num_lanes: int = 3,
+    chunk_bytes: int = 4 << 20,
 ) -> Group:
     """Return a group whose all-reduce sums inside each island first, then across over every rank's own link.
 
@@ -158,9 +158,10 @@ def open_island_group(
         bandwidth_of_rank: each rank's own link to the other islands, in whatever unit; None: all alike. The same on
             every member.
         codec: how float sums travel between islands; None: as they are.
-        num_lanes: chunks that are between the islands at once; two keep the links busy.
+        num_lanes: chunks that are between the islands at once, so that the links are busy while one is added up.
         chunk_bytes: how much of a tensor is in one phase at a time.
     """
+    from hybrid.collectives.choose import BETWEEN_ISLANDS
     from hybrid.collectives.hierarchical import HierarchicalGroup
     from hybrid.collectives.striping import stripe
 
@@ -169,17 +170,21 @@ def open_island_group(
     weights = [1.0 if bandwidth_of_rank is None else bandwidth_of_rank[member] for member in ranks]
     position = ranks.index(rank)
 
-    def group(members: Sequence[int], suffix: str) -> TransportGroup:
-        return _transport_group(edges, members, rank, name=name + suffix, timeout_s=timeout_s, link=link)
-
     owners_of_mine = {piece.owners for piece in stripe(places, weights) if position in piece.owners}
     return HierarchicalGroup(
-        flat=group(ranks, ""),
+        flat=_transport_group(edges, ranks, rank, name=name, timeout_s=timeout_s, link=link),
         islands=places,
         inner=inner,
         cross={
             owners: [
-                group([ranks[owner] for owner in owners], f":{'-'.join(map(str, owners))}:{lane}")
+                _transport_group(
+                    edges,
+                    [ranks[owner] for owner in owners],
+                    rank,
+                    name=f"{name}:{'-'.join(map(str, owners))}:{lane}",
+                    timeout_s=timeout_s,
+                    link=BETWEEN_ISLANDS,
+                )
                 for lane in range(num_lanes)
             ]
             for owners in sorted(owners_of_mine)

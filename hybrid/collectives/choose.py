@@ -17,6 +17,8 @@ from hybrid.collectives.algorithms import ALGORITHMS
 from hybrid.errors import ConfigError
 
 ANY = "any"
+BETWEEN_ISLANDS = "between islands"
+"""The link of the groups that carry pieces between islands: slow, so no step may wait for another in vain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,7 +50,7 @@ class HierarchicalGroup(Group):
         inner: Group,
         cross: Mapping[tuple[int, ...], Sequence[Group]],
         weight_of_position: Sequence[float],
-        chunk_bytes: int = 8 << 20,
+        chunk_bytes: int = 4 << 20,
         codec: Codec | None = None,
     ) -> None:
         self.rank, self.ranks = flat.rank, flat.ranks

@@ -79,7 +79,7 @@ def test_bytes_between_islands_fall_with_the_codec_and_all_hold_the_same_bits(co
     assert float((xs[0] - wanted).abs().max()) <= slack * float(wanted.abs().max()) * 2
     for island in ([0, 1], [2, 3]):
         for size_bytes in crossed(sent, island).values():
-            assert size_bytes == pytest.approx(400_000 / 2 * share, rel=0.03)
+            assert size_bytes == pytest.approx(400_000 / 2 * share, rel=0.06)
 
 
 def test_links_carry_what_they_are_good_for() -> None:
@@ -87,8 +87,8 @@ def test_links_carry_what_they_are_good_for() -> None:
     sent = reduce_all([[0, 1, 2], [3, 4]], xs, bandwidths={0: 1, 1: 1, 2: 2, 3: 3, 4: 1}, codec=None)
     assert all(bool((x == 5).all()) for x in xs)
     one, two = crossed(sent, [0, 1, 2]), crossed(sent, [3, 4])
-    assert [one[rank] / 400_000 for rank in (0, 1, 2)] == pytest.approx([0.25, 0.25, 0.5], rel=0.03)
-    assert [two[rank] / 400_000 for rank in (3, 4)] == pytest.approx([0.75, 0.25], rel=0.03)
+    assert [one[rank] / 400_000 for rank in (0, 1, 2)] == pytest.approx([0.25, 0.25, 0.5], rel=0.06)
+    assert [two[rank] / 400_000 for rank in (3, 4)] == pytest.approx([0.75, 0.25], rel=0.06)
 
 
 def test_three_islands_of_other_sizes_hold_the_same_bits() -> None:

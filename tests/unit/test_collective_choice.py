@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from hybrid.collectives.algorithms import ALGORITHMS
-from hybrid.collectives.choose import DEFAULT_TABLE, Choice, Row, choose, load_table, save_table
+from hybrid.collectives.choose import BETWEEN_ISLANDS, DEFAULT_TABLE, Choice, Row, choose, load_table, save_table
 from hybrid.collectives.measure import Timing, best_rows
 from hybrid.errors import ConfigError
 
@@ -31,6 +31,11 @@ def test_the_first_row_that_fits_decides() -> None:
     assert choose(rows, "all_reduce", 100, 5, "tcp") == DIRECT
     assert choose(rows, "all_reduce", 100, 4, "shm") == DIRECT
     assert choose((replace(rows[0], narrow=True), rows[1]), "all_reduce", 100, 4, "tcp") == DIRECT
+
+
+def test_two_islands_exchange_in_one_step() -> None:
+    for size_bytes in (1, 1 << 30):
+        assert choose(DEFAULT_TABLE, "all_reduce", size_bytes, 2, BETWEEN_ISLANDS).algorithm == "exchange"
 
 
 def test_a_table_survives_its_file_and_comes_before_the_shipped_one(tmp_path) -> None:
