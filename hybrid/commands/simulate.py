@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid.commands.figures import num_bytes, seconds
+from hybrid.commands.problem import read_json
 from hybrid.errors import DataError, MachineError, PlanError, UserError
 from hybrid.hardware.catalog import Catalog, load_catalog
 from hybrid.observe.trace import trace_of_step
 from hybrid.scheduler.plan import Plan
 from hybrid.scheduler.step.build import step_of_plan
 from hybrid.scheduler.step.engine import simulate_step
+from hybrid.scheduler.step.fleet_plan import chips_of_fleet_plan, read_step
 from hybrid.scheduler.step.replay import Pace, Replay, read_trace, replay
 from hybrid.scheduler.step.result import StepResult
 
@@ -37,23 +40,33 @@ def run_simulate(
         DataError: the availability trace is wrong.
         MachineError: the trace cannot be written.
     """
-    plan = Plan.from_yaml(_read(path, "plan file", PlanError), where=str(path))
-    usd, watts = prices(load_catalog(), {stage.chip for stage in plan.stages})
-    step = step_of_plan(plan, tokens_per_sample=sequence_length or 1, usd_per_hour_of_chip=usd, watts_of_chip=watts)
+    text = _read(path, "plan file", PlanError)
+    unpriced: list[str] = []
+    if text.lstrip().startswith("{"):
+        raw = read_json(path, "plan")
+        step, title = read_step(raw), str(raw.get("model", path.stem))
+        if sequence_length is not None:
+            step = replace(step, tokens_per_sample=sequence_length)
+        needed = chips_of_fleet_plan(raw)
+    else:
+        plan = Plan.from_yaml(text, where=str(path))
+        usd, watts = prices(load_catalog(), {stage.chip for stage in plan.stages})
+        step = step_of_plan(plan, tokens_per_sample=sequence_length or 1, usd_per_hour_of_chip=usd, watts_of_chip=watts)
+        title, unpriced = plan.job, sorted({stage.chip for stage in plan.stages} - usd.keys())
+        needed = chips_of_plan(plan)
     result = simulate_step(step)
     found = None
     if availability is not None:
         found = goodput(
-            plan, result, _read(availability, "availability trace", DataError), recovery_s, str(availability)
+            needed, result, _read(availability, "availability trace", DataError), recovery_s, str(availability)
         )
     if trace is not None:
         _write(trace, json.dumps(trace_of_step(result)))
-    unit = "samples" if sequence_length is None else "tokens"
-    unpriced = sorted({stage.chip for stage in plan.stages} - usd.keys())
+    unit = "samples" if step.tokens_per_sample == 1 else "tokens"
     if as_json:
         print(json.dumps(_plain(result, found, unit, unpriced)))
         return
-    _print(plan, result, found, unit, unpriced, Console())
+    _print(title, result, found, unit, unpriced, Console())
     if trace is not None:
         print(f"trace {trace}: open it at https://ui.perfetto.dev")
 
@@ -79,20 +92,25 @@ def prices(catalog: Catalog, chips: set[str]) -> tuple[dict[str, float], dict[st
     return usd, watts
 
 
-def goodput(plan: Plan, result: StepResult, text: str, recovery_s: float, where: str) -> Replay:
-    """Return what training by this plan along an availability trace comes to.
+def chips_of_plan(plan: Plan) -> dict[str, int]:
+    """Return how many chips of each kind a plan runs on."""
+    ranks: dict[str, set[int]] = {}
+    for stage in plan.stages:
+        ranks.setdefault(stage.chip, set()).update(stage.ranks)
+    return {chip: len(mine) for chip, mine in ranks.items()}
+
+
+def goodput(needed: Mapping[str, int], result: StepResult, text: str, recovery_s: float, where: str) -> Replay:
+    """Return what training along an availability trace comes to, by a plan that needs so many chips of each kind.
 
     The plan runs as often side by side as the chips of every kind allow; with too few it doesn't run.
     """
-    needed: dict[str, set[int]] = {}
-    for stage in plan.stages:
-        needed.setdefault(stage.chip, set()).update(stage.ranks)
 
     def pace_of(chips: Mapping[str, int]) -> Pace | None:
-        copies = min(chips.get(chip, 0) // len(ranks) for chip, ranks in needed.items())
+        copies = min(chips.get(chip, 0) // number for chip, number in needed.items())
         if not copies:
             return None
-        used = {chip: len(ranks) * copies for chip, ranks in needed.items()}
+        used = {chip: number * copies for chip, number in needed.items()}
         return Pace(step_s=result.step_s, tokens=result.step.tokens * copies, chips=used)
 
     changes, end_s = read_trace(text, where=where)
@@ -119,6 +137,15 @@ def _write(path: Path, text: str) -> None:
         ) from None
 
 
+def _names(result: StepResult) -> list[str]:
+    """Return what each row's devices are."""
+    names = []
+    for run in result.runs:
+        home = run.pipeline.schedule.rank_of_stage
+        names += [run.pipeline.stages[home.index(rank)].name for rank in range(run.pipeline.schedule.num_ranks)]
+    return names
+
+
 def _plain(result: StepResult, found: Replay | None, unit: str, unpriced: list[str]) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "step_s": result.step_s,
@@ -139,18 +166,20 @@ def _plain(result: StepResult, found: Replay | None, unit: str, unpriced: list[s
 
 
 def _print(
-    plan: Plan, result: StepResult, found: Replay | None, unit: str, unpriced: list[str], console: Console
+    title: str, result: StepResult, found: Replay | None, unit: str, unpriced: list[str], console: Console
 ) -> None:
-    batches = ", ".join(dict.fromkeys(f"{r.schedule}, {r.num_microbatches} microbatches" for r in plan.replicas))
-    table = Table(title=f"{plan.job}: one step, {batches}")
-    for column in ("rank", "device", "forward", "backward", "idle", "peak memory"):
+    schedules = [pipeline.schedule for pipeline in result.step.pipelines]
+    batches = ", ".join(dict.fromkeys(f"{s.name}, {s.num_microbatches} microbatches" for s in schedules))
+    many = any(pipeline.count > 1 for pipeline in result.step.pipelines)
+    table = Table(title=f"{title}: one step, {batches}")
+    for column in (*(["×"] if many else []), "rank", "device", "forward", "backward", "idle", "peak memory"):
         table.add_column(column, justify="left" if column == "device" else "right", no_wrap=True)
-    for row, group in zip(result.rows(), [g for replica in plan.replicas for g in replica.groups], strict=True):
-        stage = plan.stages_of_rank(group[0])[0]
+    for row, name in zip(result.rows(), _names(result), strict=True):
         split = float(str(row["input_gradient_s"])) + float(str(row["weight_gradient_s"]))
         table.add_row(
+            *([f"{row['replicas']:,}"] if many else []),
             str(row["rank"]),
-            f"{stage.island} {stage.chip}",
+            name,
             seconds(float(str(row["forward_s"]))),
             seconds(float(str(row["backward_s"])) + split),
             f"{float(str(row['idle_s'])) / result.step_s:.0%}",

@@ -7,7 +7,7 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -118,16 +118,40 @@ def step_of_plan(
     usd_per_hour_of_chip: Mapping[str, float] | None = None,
     watts_of_chip: Mapping[str, float] | None = None,
 ) -> TrainingStep:
-    """Return the training step of a plan file: a pipeline a replica; neither optimizer nor reduction counted.
+    """Return the training step of a plan file: a pipeline a kind of replica, and the plan's reduction; no optimizer.
 
-    A plan file holds each stage's peak and not what it consists of: memory over time is that peak throughout.
+    A plan file holds each stage's peak and not what it consists of: memory over time is that peak throughout. The
+    reduction takes what the plan's step is longer than its slowest replica's.
     """
     usd, watts = usd_per_hour_of_chip or {}, watts_of_chip or {}
-    pipelines = tuple(_planned(plan, replica, usd, watts) for replica in plan.replicas)
-    return TrainingStep(pipelines=pipelines, tokens_per_sample=tokens_per_sample, source=plan.source)
+    kinds: dict[ReplicaPlan, list[ReplicaPlan]] = {}
+    for replica in plan.replicas:
+        kinds.setdefault(_kind(replica), []).append(replica)
+    pipelines = tuple(_planned(plan, alike[0], len(alike), usd, watts) for alike in kinds.values())
+    seconds = plan.step_s - max(replica.step_s for replica in plan.replicas)
+    members = tuple((index, stage) for index, one in enumerate(pipelines) for stage in range(len(one.stages)))
+    reduction = Reduction(name="gradients", members=members, seconds=max(seconds, 0.0))
+    return TrainingStep(
+        pipelines=pipelines,
+        reductions=(reduction,) if len(plan.replicas) > 1 and seconds > 0 else (),
+        tokens_per_sample=tokens_per_sample,
+        source=plan.source,
+    )
 
 
-def _planned(plan: Plan, replica: ReplicaPlan, usd: Mapping[str, float], watts: Mapping[str, float]) -> Pipeline:
+def _kind(replica: ReplicaPlan) -> ReplicaPlan:
+    """Return the replica without its number, its place in the batch and its ranks' numbers: like ones are equal."""
+    first: dict[int, int] = {}
+    for group in replica.groups:
+        for rank in group:
+            first[rank] = len(first)
+    stages = tuple(replace(stage, ranks=tuple(first[rank] for rank in stage.ranks)) for stage in replica.stages)
+    return replace(replica, replica=0, first_sample=0, stages=stages)
+
+
+def _planned(
+    plan: Plan, replica: ReplicaPlan, count: int, usd: Mapping[str, float], watts: Mapping[str, float]
+) -> Pipeline:
     stages = tuple(
         StageCost(
             name=f"{stage.island} {stage.chip}",
@@ -148,6 +172,7 @@ def _planned(plan: Plan, replica: ReplicaPlan, usd: Mapping[str, float], watts: 
         stages=stages,
         edges=tuple(EdgeCost(activation=message, gradient=message) for message in messages),
         samples=replica.microbatch,
+        count=count,
     )
 
 

@@ -66,6 +66,17 @@ def read_step(raw: Mapping[str, Any]) -> TrainingStep:
         raise PlanError("a key of the plan is missing", value=error.args[0], fix=_FIX) from None
 
 
+def chips_of_fleet_plan(raw: Mapping[str, Any]) -> dict[str, int]:
+    """Return how many chips of each kind the plan runs on; a rank of several stages counts once."""
+    chips: dict[str, int] = {}
+    for group in raw["groups"]:
+        ranks = {stage.get("rank", index): stage for index, stage in enumerate(group["stages"])}
+        for stage in ranks.values():
+            number = stage["tensor_parallel"] * stage["width"] * group["num_replicas"]
+            chips[stage["chip"]] = chips.get(stage["chip"], 0) + number
+    return chips
+
+
 def _pipeline(group: Mapping[str, Any], replica: ReplicaSpec) -> Pipeline:
     stages = tuple(
         StageCost(
