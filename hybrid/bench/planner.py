@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hybrid.bench.planner_mid import middle_gaps
 from hybrid.bench.planner_oracle import least_step_s, random_problem
 from hybrid.bench.result import Result, Row
 from hybrid.config import ModelConfig
@@ -60,6 +61,7 @@ def run(quick: bool, data: Path = DATA) -> tuple[list[Row], dict[str, float]]:
     """
     rows: list[Row] = []
     summary = dict(_optimality(24 if quick else 200, rows))
+    summary |= _middle(4 if quick else 24, rows)
     if (data / "sailor").is_dir():
         summary |= _sailor(data / "sailor", rows)
     else:
@@ -95,6 +97,15 @@ def _optimality(count: int, rows: list[Row]) -> Mapping[str, float]:
         {"part": "optimality", "what": f"{count} random problems", "found": f"worst gap {worst:.2%}, {equal} equal"}
     )
     return {"optimality_worst_gap": max(worst, 0.0), "optimality_equal_share": equal / max(solved, 1)}
+
+
+def _middle(count: int, rows: list[Row]) -> Mapping[str, float]:
+    """Compare the coarse search with every shape, where the oracle is too slow and every shape still possible."""
+    gaps = middle_gaps(count)
+    equal = sum(gap < 1e-9 for gap in gaps)
+    text = f"worst gap {max(gaps):.2%}, mean {sum(gaps) / count:.2%}, {equal} equal"
+    rows.append({"part": "optimality", "what": f"{count} problems of 9 to 32 chips, coarse", "found": text})
+    return {"middle_worst_gap": max(0.0, *gaps), "middle_equal_share": equal / count}
 
 
 def _sailor(folder: Path, rows: list[Row]) -> Mapping[str, float]:

@@ -131,3 +131,51 @@ def test_sailors_closed_form_is_counted_by_hand():
     plan = read_sailor_plan(raw, problem)
     assert plan.step_s == pytest.approx(15 * max(stages) + sum(stages) + 0.001 + ring)
     assert uniform_step_seconds(problem, plan) == plan.step_s
+
+
+def documented():
+    import re
+    from pathlib import Path
+
+    text = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    blocks = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.S)]
+    return {block["format"]: block for block in blocks}
+
+
+def test_the_documented_examples_go_in_and_out_unchanged():
+    examples = documented()
+    for name, read, write in (
+        ("hybrid-profile", read_profile, write_profile),
+        ("hybrid-links", read_links, write_links),
+        ("hybrid-pools", read_pools, write_pools),
+    ):
+        raw = examples[name]
+        value = read(raw)
+        assert read(through_json(write(value))) == value
+        assert len(through_json(write(value))[list(raw)[-1]]) == len(raw[list(raw)[-1]])
+
+
+def test_the_documented_fleet_plan_is_simulated():
+    from hybrid.scheduler.step.engine import simulate_step
+    from hybrid.scheduler.step.fleet_plan import read_step
+
+    step = read_step(documented()["hybrid-fleet-plan"])
+    assert step.num_devices == 4
+    assert step.tokens == 32 * 2048
+    assert 0.27 < simulate_step(step).step_s < 0.5
+
+
+def test_the_documented_files_are_one_problem_that_can_be_planned():
+    from hybrid.scheduler.search.problem import MemoryModel, Vocabulary
+
+    examples = documented()
+    pools = [pool for pool in read_pools(examples["hybrid-pools"]) if pool.chip == "x1"]
+    problem = Problem(
+        table=read_profile(examples["hybrid-profile"]),
+        pools=tuple(pools),
+        network=read_links(examples["hybrid-links"]),
+        global_batch=32,
+        memory=MemoryModel(bytes_per_parameter=16),
+        vocabulary=Vocabulary(degrees=(1,), microbatches=(1,)),
+    )
+    assert search(problem).choice.is_exact

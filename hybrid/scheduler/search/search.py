@@ -47,7 +47,8 @@ def search(problem: Problem, *, method: str = "auto") -> Found:
 
     Args:
         problem: what to plan.
-        method: `exact`, `column generation`, or `auto`: exact where it is small.
+        method: `exact`, `coarse` (not every cut, even where that is possible), `column generation`, or `auto`: exact
+            where it is small.
 
     Raises:
         PlanError: nothing fits, or no plan meets the limits; says which number must change and by how much.
@@ -58,26 +59,27 @@ def search(problem: Problem, *, method: str = "auto") -> Found:
     tables = [OptionTable(problem, size) for size in problem.vocabulary.microbatches]
     tables = [table for table in tables if table.options]
     found = None
-    if method == "exact" or (method == "auto" and problem.num_chips <= FEW_CHIPS):
-        found = _among_all(problem, tables)
-    if found is None or (found.method != "exact" and method == "auto"):
+    few = problem.num_chips <= FEW_CHIPS
+    if method == "exact" or (method in ("auto", "coarse") and few):
+        found = _among_all(problem, tables, every_cut=method != "coarse")
+    if found is None or (found.method != "exact" and method != "exact"):
         found = _better_of(found, _generate(problem, tables, found))
     choice = found.choice
     may_climb = problem.num_chips <= _CLIMB_CHIPS or len(enumerable(problem)) > 1
     if found.method != "exact" and problem.vocabulary.step_law != "sailor" and may_climb:
         choice = climb(choice)
-        if method == "auto" and problem.num_chips <= FEW_CHIPS:
+        if method != "column generation" and few:
             choice = _zoomed(problem, tables, choice, 0).choice
     return replace(found, choice=search_orders(choice))
 
 
-def _among_all(problem: Problem, tables: list[OptionTable]) -> Found | None:
+def _among_all(problem: Problem, tables: list[OptionTable], *, every_cut: bool) -> Found | None:
     """Return the best choice among all shapes, or, where they are too many, among those on a coarse grid, then a finer.
 
     Raises:
         PlanError, FleetError: with every cut allowed there is none.
     """
-    shapes = enumerate_shapes(tables, most=_SMALL_SHAPES)
+    shapes = enumerate_shapes(tables, most=_SMALL_SHAPES) if every_cut else None
     if shapes is not None:
         choice = choose_exactly(problem, shapes)
         if choice is None:
