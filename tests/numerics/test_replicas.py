@@ -174,3 +174,18 @@ def test_a_bucket_leaves_when_the_last_backward_has_passed_its_layers(
     assert order[-2:] == ["layers-4", "layers-0"]
     assert order.index("stage_done 0") == (3 if schedule == "1f1b" else 0)
     assert _steps(events) == _steps(run_reference(job, plan)[1])
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_three_replicas_with_microbatches_of_three_sizes_are_the_bits_of_one_process(
+    precision: str, tmp_path: Path
+) -> None:
+    job = job_of(tmp_path, precision=precision, steps=4)
+    cuts = (
+        THREE_AND_TWO[0],
+        Cut(layers=(1, 4), num_microbatches=2, microbatch=1),
+        Cut(layers=(3, 2), num_microbatches=1, microbatch=4),
+    )
+    fleet, plan = plan_replicas(job, cuts)
+    _, events = run_replicas(job, fleet, plan)
+    assert _steps(events) == _steps(run_reference(job, plan)[1])
