@@ -214,6 +214,8 @@ class RuntimeConfig(Frozen):
     """The longest wait for a peer; `auto` follows the waits that were observed, 30 s to 10 min, 60 s at first."""
     heartbeat_s: Annotated[Real, Field(gt=0)] = 1.0
     placement_timeout_s: Annotated[Real, Field(gt=0)] = 60.0
+    sequence_parallel: bool = True
+    """Where several ranks hold each weight's parts, share out the tokens between norms among them too."""
     compile: bool = False
     """Run stages through torch.compile on `cuda` and `neuron`, ahead of the first step."""
     compile_timeout_s: Annotated[Real, Field(gt=0)] = 1800.0

@@ -10,7 +10,7 @@ With more ranks than key and value heads each such head is held by several neigh
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybrid.config import ModelConfig
 from hybrid.errors import PlanError
@@ -29,6 +29,8 @@ class Shard:
     """How many ranks of the axis hold the same elements."""
     counted: bool
     """Whether this rank is the one of those that counts them in a norm."""
+    sums_copies: bool
+    """Whether the copies' gradients are parts of one sum also where every rank sees all tokens."""
 
     @property
     def is_whole(self) -> bool:
@@ -53,22 +55,21 @@ def shard_of(config: ModelConfig, name: str, *, degree: int, rank: int) -> Shard
         case "attention.key.weight" | "attention.value.weight":
             copies = max(1, degree // config.num_kv_heads)
             part = _even(0, config.num_kv_heads * config.head_size, degree // copies, rank // copies)
-            return Shard(
-                dim=0, first=part.first, end=part.end, size=part.size, copies=copies, counted=rank % copies == 0
-            )
+            return replace(part, copies=copies, counted=rank % copies == 0, sums_copies=copies > 1)
         case "mlp.gate.weight" | "mlp.up.weight":
             return _even(0, config.intermediate_size, degree, rank)
         case "mlp.down.weight":
             return _even(1, config.intermediate_size, degree, rank)
         case "attention_norm.weight" | "mlp_norm.weight" | "norm.weight":
             size = config.hidden_size
-            return Shard(dim=0, first=0, end=size, size=size, copies=degree, counted=rank == 0)
+            return replace(_even(0, size, 1, 0), copies=degree, counted=rank == 0)
     raise AssertionError(f"no parameter {name}")
 
 
 def _even(dim: int, size: int, degree: int, rank: int) -> Shard:
     each = size // degree
-    return Shard(dim=dim, first=rank * each, end=(rank + 1) * each, size=size, copies=1, counted=True)
+    first = rank * each
+    return Shard(dim=dim, first=first, end=first + each, size=size, copies=1, counted=True, sums_copies=False)
 
 
 def check_degree(

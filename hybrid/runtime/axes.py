@@ -1,7 +1,6 @@
-"""The axes of a stage that several ranks hold: tensor parallel and width, over the island's native group or transports.
+"""The two kinds of axis among the ranks of a stage: over the job's own collectives, or over a vendor's group.
 
-A rank with a process of its own joins its stage's native group, torch's default group, of which the axes are parts; the
-ranks of one process, which share one torch, use the job's own collectives over transports.
+`open_axes` decides which, and opens them.
 """
 
 from __future__ import annotations
@@ -88,19 +87,9 @@ class StageAxes:
     """The ranks that hold the other parts of this copy's weights."""
     width: Axis | None
     """The ranks that hold the same part of the other copies' weights."""
-    close: Callable[[], None]
-    """Leaves the groups; safe to call again, and from another thread."""
+    close: Callable[[], None] = lambda: None
+    """Leaves the groups."""
 
 
-SINGLE = StageAxes(tensor=None, width=None, close=lambda: None)
+SINGLE = StageAxes(tensor=None, width=None)
 """Of a stage that one rank holds."""
-
-
-def members_of_axes(width: int, tensor_parallel: int) -> tuple[tuple[int, ...], ...]:
-    """Return the places of every axis's ranks in a stage, in the one order in which all of its ranks open them.
-
-    First each copy's tensor-parallel ranks, then the ranks of each place across the copies; axes of one rank left out.
-    """
-    copies = [tuple(range(copy * tensor_parallel, (copy + 1) * tensor_parallel)) for copy in range(width)]
-    lanes = [tuple(range(lane, width * tensor_parallel, tensor_parallel)) for lane in range(tensor_parallel)]
-    return (*(copies if tensor_parallel > 1 else ()), *(lanes if width > 1 else ()))

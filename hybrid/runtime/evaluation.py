@@ -14,7 +14,7 @@ from torch import Tensor
 from hybrid.backends.base import Backend
 from hybrid.config import JobConfig
 from hybrid.models.sampler import held_out_batch
-from hybrid.models.stage import boundary_dtype, boundary_shape
+from hybrid.models.stage import boundary_dtype
 from hybrid.models.tokens import TokenData
 from hybrid.runtime.held_stages import HeldStage
 from hybrid.runtime.interpreter import host_bytes
@@ -26,27 +26,31 @@ def evaluate(
     edges: Mapping[int, Transport],
     rank_of_stage: Sequence[int],
     *,
+    rank: int,
     job: JobConfig,
     tokens: TokenData,
     backend: Backend,
     steps_done: int,
     timeout_s: float,
 ) -> float | None:
-    """Return the mean held-out loss where the last stage is held, else None.
+    """Return the mean held-out loss of this copy's samples where the last stage is held, else None.
 
     Args:
         held: this rank's stages, in pipeline order.
         edges: by pipeline rank.
         rank_of_stage: each stage's pipeline rank.
+        rank: this one's number in the job.
 
     Raises:
         CommTimeout, PeerLost: a neighbour was silent or has gone.
     """
     own, total = rank_of_stage[held[0].plan.stage], 0.0
-    shape, dtype = boundary_shape(job.model, job.batch.microbatch), boundary_dtype(job.precision)
+    plan = held[0].plan
+    copy, num_samples = plan.ranks.index(rank) // plan.tensor_parallel, job.batch.microbatch // plan.width
+    shape, dtype = held[0].stage.boundary_shape(num_samples), boundary_dtype(job.precision)
     sends: list[tuple[Pending, Tensor]] = []
     for number in range(job.evaluate.num_microbatches):
-        inputs, targets = _held_out(job, tokens, number)
+        inputs, targets = _held_out(job, tokens, number * job.batch.microbatch + copy * num_samples, num_samples)
         local: dict[int, Tensor] = {0: inputs}
         for one in held:
             stage = one.plan.stage
@@ -72,11 +76,11 @@ def evaluate(
     return total / job.evaluate.num_microbatches if held[-1].compute.is_last else None
 
 
-def _held_out(job: JobConfig, tokens: TokenData, number: int) -> tuple[Tensor, Tensor]:
+def _held_out(job: JobConfig, tokens: TokenData, first_sample: int, num_samples: int) -> tuple[Tensor, Tensor]:
     inputs, targets = held_out_batch(
         tokens.held_out_tokens,
-        first_sample=number * job.batch.microbatch,
-        num_samples=job.batch.microbatch,
+        first_sample=first_sample,
+        num_samples=num_samples,
         sequence_length=job.model.sequence_length,
     )
     return torch.from_numpy(inputs), torch.from_numpy(targets)

@@ -6,7 +6,7 @@ down ahead of the next step's first activations: on the critical path lies one s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hybrid.config import ModelConfig
 from hybrid.models.stage import tied_parameters
+from hybrid.runtime.edges import TiedRows
 from hybrid.runtime.interpreter import host_bytes
 from hybrid.transports.base import Transport
 
@@ -21,7 +22,7 @@ from hybrid.transports.base import Transport
 def add_tied_gradients(
     config: ModelConfig,
     state: Mapping[str, Tensor],
-    other_end: Transport | None,
+    other_ends: Sequence[TiedRows],
     *,
     step: int,
     timeout_s: float,
@@ -30,7 +31,7 @@ def add_tied_gradients(
 
     Args:
         state: this rank's parameters by their names in the whole model.
-        other_end: the edge to the rank of the other copy, where this rank holds just one.
+        other_ends: who holds the other copy, where this rank holds just one.
 
     Numerics:
         (sum over microbatches of the head's) + (sum over microbatches of the embedding's), in this order.
@@ -47,14 +48,14 @@ def add_tied_gradients(
     own = embedding if embedding is not None else head
     if own is None:
         return
-    assert other_end is not None, "no edge to the tied weight's other copy"
+    assert other_ends, "no edge to the tied weight's other copy"
     tag = f"{step}/tied"
     mine = _grad(own).to("cpu").contiguous()
     other = torch.empty_like(mine)
-    receiving = other_end.recv(tag, [host_bytes(other)])
-    sending = other_end.send(tag, [host_bytes(mine)])
-    receiving.wait(timeout_s)
-    sending.wait(timeout_s)
+    pendings = [rows.edge.recv(tag, [host_bytes(other[rows.first : rows.end])]) for rows in other_ends]
+    pendings += [rows.edge.send(tag, [host_bytes(mine[rows.first : rows.end])]) for rows in other_ends]
+    for pending in pendings:
+        pending.wait(timeout_s)
     # Addition of two numbers commutes bit for bit, so the order is the same on both ends.
     _grad(own).add_(other.to(own.device))
 

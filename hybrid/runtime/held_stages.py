@@ -13,6 +13,8 @@ from torch import Tensor
 from hybrid.backends.base import Backend
 from hybrid.backends.number_emulation import emulate_matmuls
 from hybrid.models.stage import Stage, build_stage, named_state, parameter_dtype
+from hybrid.models.tensor_parallel import TensorParallel
+from hybrid.runtime.axes import SINGLE, StageAxes
 from hybrid.runtime.compute import StageCompute
 from hybrid.runtime.optimizer import STATE_NAMES, AdamW
 from hybrid.runtime.ownership import owned_slices, shared_layers
@@ -34,19 +36,25 @@ class HeldStage:
     state: StageState
 
 
-def build_held_stages(spec: WorkerSpec, backend: Backend) -> tuple[HeldStage, ...]:
+def build_held_stages(spec: WorkerSpec, backend: Backend, axes: StageAxes = SINGLE) -> tuple[HeldStage, ...]:
     """Return the rank's stages, in pipeline order, on its device.
+
+    Args:
+        axes: over which ranks they are shared out.
 
     Raises:
         torch.OutOfMemoryError: weights, gradients and optimizer state do not fit.
     """
-    return tuple(_build(spec, plan, backend) for plan in spec.plan.stages_of_rank(spec.rank))
+    return tuple(_build(spec, plan, backend, axes) for plan in spec.plan.stages_of_rank(spec.rank))
 
 
-def _build(spec: WorkerSpec, plan: StagePlan, backend: Backend) -> HeldStage:
+def _build(spec: WorkerSpec, plan: StagePlan, backend: Backend, axes: StageAxes) -> HeldStage:
     job = spec.job
     dtype = parameter_dtype(job.precision)
-    stage = build_stage(job.model, plan.first_layer, plan.end_layer, seed=job.seed, dtype=dtype)
+    parallel = None
+    if axes.tensor is not None:
+        parallel = TensorParallel(axis=axes.tensor, sequence_parallel=job.runtime.sequence_parallel)
+    stage = build_stage(job.model, plan.first_layer, plan.end_layer, seed=job.seed, dtype=dtype, parallel=parallel)
     # With DiLoCo each replica runs an optimizer of its own, over everything.
     owned = None if job.diloco else owned_slices(shared_layers(job, spec.plan, spec.rank), stage)
     backend.allocate(_state_bytes(stage, owned), "weights, gradients and optimizer state")
@@ -60,13 +68,15 @@ def _build(spec: WorkerSpec, plan: StagePlan, backend: Backend) -> HeldStage:
         stage,
         backend,
         precision=job.precision,
-        num_microbatches=samples / replica.microbatch,
+        # Each copy of the stage sees its part of a microbatch's samples; the step's loss is the mean over all.
+        num_microbatches=samples / replica.microbatch * plan.width,
         # A compiled backward is one function: its two parts cannot come apart.
         splits=not job.runtime.compile and splits_backward(replica.build_schedule(), plan.stage),
         recompute=plan.recompute,
     )
     optimizer = AdamW(named_state(stage), job.optimizer, job.steps, owned)
-    return HeldStage(plan=plan, stage=stage, compute=compute, optimizer=optimizer, state=StageState(stage, optimizer))
+    state = StageState(stage, optimizer, place=plan.ranks.index(spec.rank), width=plan.width)
+    return HeldStage(plan=plan, stage=stage, compute=compute, optimizer=optimizer, state=state)
 
 
 def _state_bytes(stage: Stage, owned: Mapping[str, slice] | None) -> int:
@@ -88,6 +98,6 @@ def parameters_of(held: tuple[HeldStage, ...]) -> dict[str, Tensor]:
     return {name: tensor for one in held for name, tensor in named_state(one.stage).items()}
 
 
-def squares_of(held: tuple[HeldStage, ...]) -> Mapping[int, float]:
-    """Return the sum of squared gradients of each of a rank's layers."""
-    return {layer: square for one in held for layer, square in squares_of_layers(one.stage).items()}
+def squares_of(held: tuple[HeldStage, ...], axes: StageAxes) -> Mapping[int, float]:
+    """Return the sum of squared gradients of each layer of a rank's stages, of all the ranks that hold its parts."""
+    return {layer: square for one in held for layer, square in squares_of_layers(one.stage, axes).items()}

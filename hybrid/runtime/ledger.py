@@ -97,6 +97,7 @@ class Ledger:
     last_words_s: float = 1.0
     _ranks: dict[int, _Rank] = field(default_factory=dict)
     _address_of_rank: dict[int, str] = field(default_factory=dict)
+    _native_address_of_rank: dict[str, str] = field(default_factory=dict)
     _ready: dict[int, Ready] = field(default_factory=dict)
     _steps: dict[int, dict[int, StepReport]] = field(default_factory=dict)
     _parts: dict[int, dict[int, CheckpointPart]] = field(default_factory=dict)
@@ -196,12 +197,17 @@ class Ledger:
             return []
         self._ranks[message.rank] = _Rank(last_heard_s=now_s)
         self._address_of_rank[message.rank] = message.address
+        if message.native_address:
+            self._native_address_of_rank[str(message.rank)] = message.native_address
         if len(self._ranks) < self.num_ranks:
             return []
         addresses = {str(rank): self._address_of_rank[rank] for rank in range(self.num_ranks)}
         return [
             Emit(event=PhaseEvent(name="workers joined", since_start_s=now_s - self.started_s)),
-            Send(rank=None, message=Welcome(address_of_rank=addresses)),
+            Send(
+                rank=None,
+                message=Welcome(address_of_rank=addresses, native_address_of_rank=self._native_address_of_rank),
+            ),
         ]
 
     def _on_step(self, message: StepReport, now_s: float) -> list[Effect]:

@@ -7,7 +7,7 @@ Nothing is unpickled. No message carries a tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeAlias
 
 from hybrid.errors import ProtocolError
@@ -35,6 +35,8 @@ class Hello:
     pid: int
     host: str
     address: str
+    native_address: str = ""
+    """Where the ranks of my stages open their native group; empty where I am not their first, or they have none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +126,8 @@ class Welcome:
     """Coordinator: everyone is here; open your edges."""
 
     address_of_rank: Mapping[str, str]
+    native_address_of_rank: Mapping[str, str] = field(default_factory=dict)
+    """Of the first ranks of stages that open a native group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,7 +234,7 @@ def decode(data: bytes) -> Message:
     if cls is None:
         raise ProtocolError("control message of unknown type", value=str(kind)[:80], valid=_TYPES)
     values = {key: value for key, value in raw.items() if key not in ("v", "t")}
-    wanted = {field.name: str(field.type) for field in fields(cls)}
+    wanted = {each.name: str(each.type) for each in fields(cls)}
     if values.keys() != wanted.keys():
         raise ProtocolError(f"{kind} has the wrong fields", value=sorted(values)[:20], valid=wanted)
     for name, type_name in wanted.items():

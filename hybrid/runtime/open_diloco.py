@@ -19,6 +19,8 @@ from hybrid.runtime.diloco import Fragments, OuterRule
 from hybrid.runtime.held_stages import HeldStage
 from hybrid.runtime.ownership import SharedLayers, parameters_of_layer
 from hybrid.runtime.placement import WorkerSpec
+from hybrid.runtime.stage_sums import shards_of
+from hybrid.runtime.whole_layers import own_part
 from hybrid.scheduler.fragments import build_outer_schedule
 
 _MOMENTUM = "outer_momentum"
@@ -65,9 +67,11 @@ def _load(fragments: Fragments, held: Sequence[HeldStage], folder: Path) -> None
     manifest = checkpoint.read_manifest(folder)
     state = fragments.state()
     for one in held:
+        shards = shards_of(one.stage)
         for layer in one.plan.layers:
             found = checkpoint.read_layer(manifest, layer).get(_MOMENTUM, {})
             for name in parameters_of_layer(one.stage, layer):
                 momentum = found.get(name)
-                state[name][_MOMENTUM] = torch.zeros_like(state[name]["outer"]) if momentum is None else momentum
+                zeros = torch.zeros_like(state[name]["outer"])
+                state[name][_MOMENTUM] = zeros if momentum is None else own_part(momentum, shards[name])
     fragments.load_state(state)

@@ -15,7 +15,6 @@ from torch import Tensor
 from hybrid.collectives import Group, open_edges, open_group
 from hybrid.collectives.codecs import open_codec
 from hybrid.collectives.error_feedback import ErrorFeedback
-from hybrid.models.stage import tied_parameters
 from hybrid.runtime import checkpoint
 from hybrid.runtime.bucket_exchange import BucketExchange
 from hybrid.runtime.held_stages import HeldStage
@@ -23,6 +22,8 @@ from hybrid.runtime.optimizer import STATE_NAMES
 from hybrid.runtime.ownership import SharedLayers, parameters_of_layer
 from hybrid.runtime.placement import WorkerSpec
 from hybrid.runtime.replicas import Replicas, SharedBucket, SharedGroup
+from hybrid.runtime.stage_sums import shards_of, uncounted_names
+from hybrid.runtime.whole_layers import own_part
 from hybrid.scheduler.reduction import Bucket, plan_buckets
 from hybrid.transports.base import TransportNode
 
@@ -47,12 +48,11 @@ def build_replicas(
 ) -> Replicas:
     """Return the rank's part of the gradients' reduction, over open groups."""
     feedback = ErrorFeedback(open_codec(spec.plan.gradient_codec))
-    tied = tied_parameters(spec.job.model)
     return Replicas(
         [_shared_group(spec, held, *pair, feedback) for pair in zip(shared, groups, strict=True)],
         feedback=feedback,
         num_layers=spec.plan.num_layers,
-        uncounted=None if tied is None else tied[1],
+        uncounted=frozenset[str]().union(*(uncounted_names(one.stage) for one in held)),
     )
 
 
@@ -116,18 +116,17 @@ def write_shared(replicas: Replicas, held: Sequence[HeldStage], folder: Path) ->
         for number, each in enumerate(shared.buckets):
             root = number % shared.group.size
             states = {
-                key: each.exchange.gather({name: moments[key] for name, moments in own.items()}, root)
+                key: each.exchange.gather({name: parts[key] for name, parts in own.items()}, root)
                 for key in STATE_NAMES
             }
             states |= _gather_lost(each.exchange, replicas.feedback, root)
             for layer in each.bucket.layers if shared.group.rank == root else ():
-                named = shared.parameters_of_layer[layer]
-                files[checkpoint.layer_file(layer)] = checkpoint.write_layer(
-                    folder,
-                    layer,
-                    {name: parameter.detach().cpu() for name, parameter in named.items()},
-                    {name: {key: whole[name] for key, whole in states.items() if whole is not None} for name in named},
-                )
+                one = next(one for one in held if layer in one.plan.layers)
+                moments = {
+                    name: {key: whole[name] for key, whole in states.items() if whole is not None}
+                    for name in shared.parameters_of_layer[layer]
+                }
+                files |= one.state.write_layer(folder, layer, moments)
     return files
 
 
@@ -148,7 +147,7 @@ def _gather_lost(exchange: BucketExchange, feedback: ErrorFeedback, root: int) -
     }
 
 
-def load_lost(replicas: Replicas, folder: Path) -> None:
+def load_lost(replicas: Replicas, held: Sequence[HeldStage], folder: Path) -> None:
     """Take over from a checkpoint what the codec owes; with other replicas than it had, the first one owes it all.
 
     Raises:
@@ -158,13 +157,15 @@ def load_lost(replicas: Replicas, folder: Path) -> None:
         return
     manifest = checkpoint.read_manifest(folder)
     state: dict[str, Tensor] = {}
+    shards = {name: shard for one in held for name, shard in shards_of(one.stage).items()}
     for shared in replicas.groups:
         for each in shared.buckets:
             lost: dict[str, Tensor] = {}
             for layer in each.bucket.layers:
                 parts = {key: x for key, x in checkpoint.read_layer(manifest, layer).items() if key.startswith("lost_")}
                 for name, parameter in shared.parameters_of_layer[layer].items():
-                    lost[name] = _own_lost(parts, name, parameter, shared.group)
+                    own = {key: {name: own_part(found[name], shards[name])} for key, found in parts.items()}
+                    lost[name] = _own_lost(own, name, parameter, shared.group)
             state |= each.exchange.load_lost(lost)
     replicas.feedback.load(state)
 

@@ -47,7 +47,6 @@ def check_plan(plan: Plan) -> None:
         PlanError: names what it cannot do.
     """
     for what, found in (
-        ("several ranks a stage", any(len(stage.ranks) > 1 for stage in plan.stages)),
         ("narrow gradients of float64", plan.precision == "fp64" and plan.gradient_codec != "none"),
         ("a codec on an edge", any(edge.codec != "none" for replica in plan.replicas for edge in replica.edges)),
     ):

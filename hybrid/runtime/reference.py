@@ -123,7 +123,7 @@ def accumulate_gradients(
     for share in replicas or (whole,):
         total += _accumulate_share(model, job, tokens, step, share)
         if job.model.tied_embeddings:
-            add_tied_gradients(job.model, named_state(model), None, step=step, timeout_s=0.0)
+            add_tied_gradients(job.model, named_state(model), (), step=step, timeout_s=0.0)
         grads = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None

@@ -7,7 +7,7 @@ shares what is `ownership.py`'s.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -58,7 +58,8 @@ class Replicas:
         groups: each group that the rank belongs to.
         feedback: the codec of gradients, which all buckets share.
         num_layers: of the model; the holders of the last layer know their replicas' losses.
-        uncounted: a parameter whose squares are another's: the second copy of a tied weight.
+        uncounted: parameters whose squares are counted elsewhere: the second copy of a tied weight, what other ranks of
+            a stage hold too.
 
     Numerics:
         Gradients and losses are added over the replicas in their order, in the parameters' format (float32, or
@@ -67,7 +68,7 @@ class Replicas:
     """
 
     def __init__(
-        self, groups: Sequence[SharedGroup], *, feedback: ErrorFeedback, num_layers: int, uncounted: str | None
+        self, groups: Sequence[SharedGroup], *, feedback: ErrorFeedback, num_layers: int, uncounted: Set[str]
     ) -> None:
         self.groups, self.feedback = tuple(groups), feedback
         self._last_layer, self._uncounted = num_layers - 1, uncounted
@@ -162,7 +163,7 @@ class Replicas:
             block_squares(_part_of_gradient(group.parameters_of_layer[layer][piece.name], piece))
             for layer, pieces in layers.items()
             for piece in pieces[own]
-            if piece.name != self._uncounted
+            if piece.name not in self._uncounted
         ]
         if mine:
             rows[own][: sizes[own]] = torch.cat(mine)
@@ -185,7 +186,7 @@ class Replicas:
         }
 
     def _num_blocks(self, piece: Piece) -> int:
-        return 0 if piece.name == self._uncounted else -(-piece.size // BLOCK)
+        return 0 if piece.name in self._uncounted else -(-piece.size // BLOCK)
 
 
 def _part_of_gradient(parameter: Tensor, piece: Piece) -> Tensor:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from hybrid.models.decoder import layer_name
-from hybrid.models.stage import Stage, named_state, tied_parameters
+from hybrid.models.stage import Stage, named_state
 from hybrid.runtime import checkpoint
-from hybrid.runtime.optimizer import STATE_NAMES, AdamW, squared_norm
+from hybrid.runtime.axes import SINGLE, StageAxes
+from hybrid.runtime.optimizer import STATE_NAMES, AdamW
+from hybrid.runtime.stage_sums import counted_squares, shards_of
+from hybrid.runtime.whole_layers import WholeLayer, own_part, whole_shape
 
 
 def names_of_layer(stage: Stage, index: int) -> list[str]:
@@ -20,15 +23,9 @@ def names_of_layer(stage: Stage, index: int) -> list[str]:
     return [name for name in named_state(stage) if name.startswith(prefix)]
 
 
-def squares_of_layers(stage: Stage) -> dict[int, float]:
+def squares_of_layers(stage: Stage, axes: StageAxes = SINGLE) -> dict[int, float]:
     """Return each layer's sum of squared gradients; a tied weight counts once, in the embedding."""
-    tied = tied_parameters(stage.config)
-    state = named_state(stage)
-    out: dict[int, float] = {}
-    for index in stage.layers:
-        names = [name for name in names_of_layer(stage, index) if tied is None or name != tied[1]]
-        out[index] = squared_norm([grad for name in names if (grad := state[name].grad) is not None])
-    return out
+    return counted_squares(stage, axes)
 
 
 def is_due(every: int | None, *, at_end: bool, steps_done: int) -> bool:
@@ -37,29 +34,55 @@ def is_due(every: int | None, *, at_end: bool, steps_done: int) -> bool:
 
 
 class StageState:
-    """Writes and loads a stage's layers, with the optimizer's moments."""
+    """Writes and loads a stage's layers, with the optimizer's moments.
 
-    def __init__(self, stage: Stage, optimizer: AdamW) -> None:
+    A file holds whole tensors, whatever number of ranks holds their parts: a stage's ranks write its layers in turn,
+    each from the parts of all, and each takes its own parts of what it loads.
+
+    Args:
+        place: of this rank among those of its stage; copy after copy, in each the tensor-parallel ranks in order.
+        width: how many copies of the stage there are.
+    """
+
+    def __init__(self, stage: Stage, optimizer: AdamW, *, place: int = 0, width: int = 1) -> None:
         self._stage, self._optimizer = stage, optimizer
+        self._place, self._width = place, width
+        self._degree = stage.parallel.axis.size if stage.parallel else 1
 
     def write(
         self, folder: Path, more: Mapping[str, Mapping[str, Tensor]] | None = None
     ) -> dict[str, checkpoint.FileFact]:
-        """Write every layer of the stage into the checkpoint's partial folder.
+        """Write this rank's share of the stage's layers into the checkpoint's partial folder.
 
         Args:
             more: by parameter, what else is kept of it.
         """
-        state, moments = named_state(self._stage), self._optimizer.state()
-        files: dict[str, checkpoint.FileFact] = {}
+        moments, files = self._optimizer.state(), dict[str, checkpoint.FileFact]()
         for index in self._stage.layers:
             names = names_of_layer(self._stage, index)
-            weights = {name: state[name].detach().cpu() for name in names}
-            states = {name: {**moments[name], **(more or {}).get(name, {})} for name in names}
-            files[checkpoint.layer_file(index)] = checkpoint.write_layer(
-                folder, index, weights, {name: {key: x.cpu() for key, x in states[name].items()} for name in names}
+            files |= self.write_layer(
+                folder, index, {name: {**moments[name], **(more or {}).get(name, {})} for name in names}
             )
         return files
+
+    def write_layer(
+        self, folder: Path, index: int, moments: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, checkpoint.FileFact]:
+        """Write one layer, where it is this rank's turn; all ranks of the stage call it.
+
+        Args:
+            moments: this rank's part of each parameter's, by name, and what else is kept in their shape.
+        """
+        writer = index % (self._width * self._degree)
+        if writer // self._degree != self._place // self._degree:
+            return {}  # another copy of the stage has the same bits
+        whole = WholeLayer(self._stage, index, is_kept=writer == self._place)
+        state = named_state(self._stage)
+        weights = {name: whole.join(name, state[name].detach()) for name in moments}
+        states = {name: {key: whole.join(name, x) for key, x in each.items()} for name, each in moments.items()}
+        if not whole.is_kept:
+            return {}
+        return {checkpoint.layer_file(index): checkpoint.write_layer(folder, index, weights, states)}
 
     def load(self, folder: Path) -> int:
         """Load every layer of the stage from a whole checkpoint; return how many steps were done.
@@ -68,17 +91,18 @@ class StageState:
             CheckpointError: a file is missing, cut, altered or of another model.
         """
         manifest = checkpoint.read_manifest(folder)
-        weights = named_state(self._stage)
+        weights, shards = named_state(self._stage), shards_of(self._stage)
         moments = {}
         for index in self._stage.layers:
             layer = checkpoint.read_layer(manifest, index)
             names = names_of_layer(self._stage, index)
             for part in ("weight", *STATE_NAMES):
                 found = {name: tuple(tensor.shape) for name, tensor in layer.get(part, {}).items()}
-                checkpoint.check_names(manifest, index, found, {name: tuple(weights[name].shape) for name in names})
+                wanted = {name: whole_shape(weights[name], shards[name]) for name in names}
+                checkpoint.check_names(manifest, index, found, wanted)
             with torch.no_grad():
                 for name in names:
-                    weights[name].copy_(layer["weight"][name])
-                    moments[name] = {key: layer[key][name] for key in STATE_NAMES}
+                    weights[name].copy_(own_part(layer["weight"][name], shards[name]))
+                    moments[name] = {key: own_part(layer[key][name], shards[name]) for key in STATE_NAMES}
         self._optimizer.load_state(moments)
         return manifest.steps_done

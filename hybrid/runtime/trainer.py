@@ -26,6 +26,7 @@ from hybrid.models.tokens import TokenData, prepare_data, prepare_tokens
 from hybrid.observe.events import Event, PhaseEvent, Sink, StepEvent
 from hybrid.observe.metrics import MetricsFile, Tally, all_of
 from hybrid.runtime import checkpoint
+from hybrid.runtime.degrees import check_degrees
 from hybrid.runtime.ledger import Commit, Ledger
 from hybrid.runtime.messages import Ready
 from hybrid.runtime.pace import time_scale
@@ -161,6 +162,7 @@ def train(
         WorkerFailed: a worker ended before its job did; the run folder keeps the metrics so far.
     """
     check_plan(plan)
+    check_degrees(job, plan)
     check_diloco(job, plan)
     check_folder(job.runs_dir, where="runs_dir")
     check_port(placement.host, job.runtime.coordinator_port)

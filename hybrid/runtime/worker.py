@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -22,15 +23,16 @@ from hybrid.backends.emulated import EmulatedBackend
 from hybrid.collectives.base import Group
 from hybrid.config import JobConfig
 from hybrid.errors import CommError, HybridError, PeerLost, TrainingDiverged
-from hybrid.models.stage import boundary_dtype, boundary_shape
+from hybrid.models.stage import boundary_dtype
 from hybrid.models.tokens import TokenData
 from hybrid.runtime import checkpoint
+from hybrid.runtime.axes import SINGLE
 from hybrid.runtime.capabilities import capabilities_of
 from hybrid.runtime.control import ControlLine
 from hybrid.runtime.diloco import Fragments
-from hybrid.runtime.edges import emulated_links, open_edges
+from hybrid.runtime.edges import degrees_of, emulated_links, open_edges
 from hybrid.runtime.evaluation import evaluate
-from hybrid.runtime.exchange import add_tied_gradients, share_squares
+from hybrid.runtime.exchange import share_squares
 from hybrid.runtime.held_stages import HeldStage, build_held_stages, parameters_of, squares_of
 from hybrid.runtime.interpreter import Interpreter, StepRecord
 from hybrid.runtime.messages import (
@@ -46,6 +48,7 @@ from hybrid.runtime.messages import (
     StepReport,
     Welcome,
 )
+from hybrid.runtime.open_axes import Door, axes_timeout_s, open_axes, open_door
 from hybrid.runtime.open_diloco import build_fragments, write_met
 from hybrid.runtime.open_replicas import build_replicas, load_lost, open_groups, write_shared
 from hybrid.runtime.optimizer import global_norm, learning_rate
@@ -53,6 +56,8 @@ from hybrid.runtime.ownership import shared_layers
 from hybrid.runtime.placement import WorkerSpec
 from hybrid.runtime.replicas import Replicas
 from hybrid.runtime.stage_state import is_due
+from hybrid.runtime.stage_sums import add_losses, add_squares, share_from_first, sum_gradients
+from hybrid.runtime.tied_copies import meet_tied
 from hybrid.runtime.warmup import first_calls_of, warm_up
 from hybrid.runtime.worker_data import batch_of, tokens_of
 from hybrid.scheduler.lowering import lower_communication
@@ -68,6 +73,8 @@ _WAITS = TimeoutRule(initial_s=60.0, floor_s=30.0, cap_s=600.0)
 def run_worker(spec: WorkerSpec) -> None:
     """Run one rank to the end of its job; every failure is told to the coordinator and ends quietly here."""
     node: TransportNode | None = None
+    door: Door | None = None
+    worker: Worker | None = None
     closing = threading.Lock()
 
     def close_node() -> None:
@@ -94,18 +101,29 @@ def run_worker(spec: WorkerSpec) -> None:
     )
     try:
         node = _open_node(spec)
-        host = socket.gethostname()
-        control.tell(Hello(rank=spec.rank, token=spec.control.token, pid=os.getpid(), host=host, address=node.address))
+        door = open_door(spec)
+        control.tell(
+            Hello(
+                rank=spec.rank,
+                token=spec.control.token,
+                pid=os.getpid(),
+                host=socket.gethostname(),
+                address=node.address,
+                native_address="" if door is None else door.address,
+            )
+        )
         worker = Worker(spec, control, node)
         try:
             worker.run()
         finally:
             worker.close()
     except Exception as error:
-        if node is None:  # the coordinator listens to no one who has not said hello
+        if worker is None:  # the coordinator listens to no one who has not said hello
             control.tell(Hello(rank=spec.rank, token=spec.control.token, pid=os.getpid(), host="", address=""))
         control.tell(_fault(spec.rank, error))
     finally:
+        if door is not None:
+            door.close()
         close_node()
         control.close()
 
@@ -116,7 +134,10 @@ class Worker:
     def __init__(self, spec: WorkerSpec, control: ControlLine, node: TransportNode) -> None:
         self._spec, self._control, self._node = spec, control, node
         self._job, self._replica = spec.job, spec.plan.replica_of_rank(spec.rank)
-        self._own, _ = self._replica.place_of_rank(spec.rank)
+        self._own, self._place = self._replica.place_of_rank(spec.rank)
+        self._degrees = degrees_of(self._replica, self._own)
+        self._axes = SINGLE
+        """Over which ranks this one's stages are shared out."""
         self._waits = ArrivalHistory(_WAITS, fixed_s=self._job.runtime.fixed_timeout_s)
         options = BackendOptions(compile=self._job.runtime.compile)
         capabilities = capabilities_of(spec.chip, spec.memory_bytes)
@@ -128,6 +149,7 @@ class Worker:
         """Leave the groups; the node, which carries them, is the caller's."""
         for group in self._groups:
             group.close()
+        self._axes.close()
 
     def run(self) -> None:
         """Build, train, evaluate, write; ends after the coordinator's Shutdown."""
@@ -135,21 +157,11 @@ class Worker:
         if spec.owns_process:
             torch.set_num_threads(job.runtime.threads_per_rank)
         self._backend.check_precision(job.precision)
-        self._held = build_held_stages(spec, self._backend)
+        address_of_rank = self._meet_peers()
+        self._held = build_held_stages(spec, self._backend, self._axes)
         self._parameters = parameters_of(self._held)
         first_step = 0 if spec.resume is None else max(one.state.load(spec.resume) for one in self._held)
-        welcome = cast(Welcome, self._control.await_order(Welcome, timeout_s=job.runtime.placement_timeout_s))
-        self._edges = open_edges(
-            self._replica,
-            spec.rank,
-            self._node,
-            welcome.address_of_rank,
-            tied=job.model.tied_embeddings,
-            timeout_s=self._waits.timeout_s,
-            before_each=self._check_not_aborted,
-        )
-        self._links = emulated_links(self._replica, self._own)
-        self._join_replicas(welcome)
+        self._join_replicas(address_of_rank)
         self._make_ready()
         start = cast(Start, self._control.await_order(Start, timeout_s=_patience_s(job)))
         if isinstance(self._backend, EmulatedBackend):
@@ -163,21 +175,47 @@ class Worker:
         self._control.tell(Finished(rank=spec.rank, peak_bytes=stats.device_peak_bytes or stats.peak_bytes))
         self._control.await_order(Shutdown, timeout_s=self._waits.timeout_s)
 
-    def _join_replicas(self, welcome: Welcome) -> None:
+    def _meet_peers(self) -> Mapping[str, str]:
+        """Open the edges to other stages and the axes among those who hold the same; return all ranks' addresses."""
+        job, replica, rank = self._job, self._replica, self._spec.rank
+        welcome = cast(Welcome, self._control.await_order(Welcome, timeout_s=job.runtime.placement_timeout_s))
+        self._edges = open_edges(
+            replica,
+            rank,
+            self._node,
+            welcome.address_of_rank,
+            model=job.model,
+            token_bytes=job.model.hidden_size * boundary_dtype(job.precision).itemsize,
+            timeout_s=self._waits.timeout_s,
+            before_each=self._check_not_aborted,
+        )
+        self._axes = open_axes(
+            replica,
+            rank,
+            self._degrees,
+            node=self._node,
+            backend=self._backend,
+            native_address=welcome.native_address_of_rank.get(str(replica.groups[self._own][0]), ""),
+            address_of_rank=welcome.address_of_rank,
+            timeout_s=axes_timeout_s(job),
+            before_each=self._check_not_aborted,
+        )
+        self._links = emulated_links(replica, self._own)
+        return welcome.address_of_rank
+
+    def _join_replicas(self, address_of_rank: Mapping[str, str]) -> None:
         """Open what joins this rank to the other replicas, where there are any."""
         spec, self._replicas = self._spec, cast(Replicas | None, None)
         self._fragments: Fragments | None = None
         shared = shared_layers(self._job, spec.plan, spec.rank)
         if shared:
-            self._groups = groups = open_groups(
-                shared, self._node, welcome.address_of_rank, timeout_s=self._waits.timeout_s
-            )
+            self._groups = groups = open_groups(shared, self._node, address_of_rank, timeout_s=self._waits.timeout_s)
             if spec.job.diloco is not None:
                 self._fragments = build_fragments(spec, self._held, shared, groups)
                 return
             self._replicas = build_replicas(spec, self._held, shared, groups)
             if spec.resume is not None:
-                load_lost(self._replicas, spec.resume)
+                load_lost(self._replicas, self._held, spec.resume)
 
     def _make_ready(self) -> None:
         """Compile, warm up, lower the schedule, and tell what the stages cost here."""
@@ -185,20 +223,21 @@ class Worker:
         seconds_of: dict[str, float] = {}
         for one in self._held:
             self._compile(one)
-            seconds = warm_up(one.compute, replica.microbatch, job.precision)
+            seconds = warm_up(one.compute, replica.microbatch // self._degrees.width, job.precision)
             seconds_of |= {f"{one.plan.stage}{kind}": value for kind, value in seconds.items()}
         self._interpreter = Interpreter(
             lower_communication(replica.build_schedule()),
             self._own,
             {one.plan.stage: one.compute for one in self._held},
-            self._edges,
-            shape=boundary_shape(job.model, replica.microbatch),
+            self._edges.activations,
+            shape=self._held[0].stage.boundary_shape(replica.microbatch // self._degrees.width),
             dtype=boundary_dtype(job.precision),
             seconds_of=replica.seconds_of,
             waits=self._waits,
             link_of_rank=self._links,
-            on_last_backward=None if self._replicas is None else self._replicas.last_backward,
-            on_stage_done=None if self._replicas is None else self._replicas.stage_done,
+            # What several ranks of a stage hold is added up first: their buckets leave when the whole stage is done.
+            on_last_backward=self._replicas.last_backward if self._replicas and self._axes is SINGLE else None,
+            on_stage_done=self._on_stage_done,
         )
         allocated_bytes = self._backend.memory_stats().allocated_bytes
         self._control.tell(Ready(rank=self._spec.rank, seconds_of=seconds_of, allocated_bytes=allocated_bytes))
@@ -223,7 +262,9 @@ class Worker:
         self._control.step = step
         started_s = time.monotonic()
         self._check_not_aborted()
-        record = self._interpreter.run(step, batch_of(self._job, self._replica, self._tokens, step))
+        copy, width = self._place // self._degrees.tensor_parallel, self._degrees.width
+        batch = batch_of(self._job, self._replica, self._tokens, step, copy=copy, width=width)
+        record = self._interpreter.run(step, batch)
         norm, loss = self._reduce(step)
         if not (math.isfinite(norm) and math.isfinite(loss)):
             raise TrainingDiverged.at(step, loss, norm)
@@ -235,26 +276,45 @@ class Worker:
             self._fragments.after_step(step + 1)
         self._report(step, record, loss, norm, time.monotonic() - started_s)
 
+    def _on_stage_done(self, stage: int) -> None:
+        """Add up what several ranks of the stage hold; then its gradients may leave for the other replicas."""
+        sum_gradients(next(one.stage for one in self._held if one.plan.stage == stage), self._axes)
+        if self._replicas is not None:
+            self._replicas.stage_done(stage)
+
     def _reduce(self, step: int) -> tuple[float, float]:
         """Return the global gradient norm and the loss, the same bits on every rank."""
-        home = self._replica.rank_of_stage
-        other_end = self._edges.get(home[0] if home[-1] == self._own else home[-1])
-        add_tied_gradients(self._job.model, self._parameters, other_end, step=step, timeout_s=self._waits.timeout_s)
-        own_loss = self._held[-1].compute.take_loss()
-        if self._replicas is None:
-            squares = squares_of(self._held)
-        else:
-            squares, own_loss = self._replicas.reduce(own_loss)
-        shared, loss = share_squares(
-            squares,
-            own_loss,
-            rank=self._own,
-            num_ranks=len(self._replica.groups),
-            num_layers=self._job.model.num_layers,
-            edges=self._edges,
+        meet_tied(
+            self._job.model,
+            self._replica,
+            self._spec.rank,
+            self._parameters,
+            self._edges,
+            self._axes,
             step=step,
             timeout_s=self._waits.timeout_s,
         )
+        stage = self._held[0].stage
+        own_loss = add_losses(self._held[-1].compute.take_loss(), stage, self._axes)
+        if self._replicas is None:
+            squares = squares_of(self._held, self._axes)
+        else:
+            own_squares, own_loss = self._replicas.reduce(own_loss)
+            squares = add_squares(own_squares, stage, self._axes)
+        row: list[float] | None = None
+        if self._place == 0:
+            shared, loss = share_squares(
+                squares,
+                own_loss,
+                rank=self._own,
+                num_ranks=len(self._replica.groups),
+                num_layers=self._job.model.num_layers,
+                edges=self._edges.leads,
+                step=step,
+                timeout_s=self._waits.timeout_s,
+            )
+            row = [*shared, loss]
+        *shared, loss = share_from_first(row, self._job.model.num_layers + 1, stage, self._axes)
         return global_norm(shared), loss
 
     def _report(self, step: int, record: StepRecord, loss: float, norm: float, seconds: float) -> None:
@@ -297,15 +357,18 @@ class Worker:
             return  # all replicas hold the same bits
         loss = evaluate(
             self._held,
-            self._edges,
+            self._edges.activations,
             self._replica.rank_of_stage,
+            rank=self._spec.rank,
             job=self._job,
             tokens=self._tokens,
             backend=self._backend,
             steps_done=steps_done,
             timeout_s=self._waits.timeout_s,
         )
-        if loss is not None:
+        loss = add_losses(loss, self._held[-1].stage, self._axes)
+        if loss is not None and self._place == 0:
+            loss /= self._degrees.width
             self._control.tell(EvalReport(rank=self._spec.rank, steps_done=steps_done, loss=loss))
 
     def _write_checkpoint(self, steps_done: int) -> None:

@@ -16,8 +16,15 @@ from hybrid.runtime.placement import WorkerSpec
 from hybrid.scheduler.plan import ReplicaPlan
 
 
-def batch_of(job: JobConfig, replica: ReplicaPlan, tokens: TokenData, step: int) -> Batch:
-    """Return what gives a step's microbatches: a pure function of the seed, the step and the sample."""
+def batch_of(
+    job: JobConfig, replica: ReplicaPlan, tokens: TokenData, step: int, *, copy: int = 0, width: int = 1
+) -> Batch:
+    """Return what gives a step's microbatches: a pure function of the seed, the step and the sample.
+
+    Args:
+        copy, width: of each microbatch, one stage's copy takes the `copy`-th of `width` equal parts.
+    """
+    num_samples = replica.microbatch // width
 
     def batch(microbatch: int) -> tuple[Tensor, Tensor]:
         inputs, targets = batch_at(
@@ -25,8 +32,8 @@ def batch_of(job: JobConfig, replica: ReplicaPlan, tokens: TokenData, step: int)
             seed=job.seed,
             step=step,
             global_batch=job.batch.global_batch,
-            first_sample=replica.first_sample + microbatch * replica.microbatch,
-            num_samples=replica.microbatch,
+            first_sample=replica.first_sample + microbatch * replica.microbatch + copy * num_samples,
+            num_samples=num_samples,
             sequence_length=job.model.sequence_length,
         )
         return torch.from_numpy(inputs), torch.from_numpy(targets)

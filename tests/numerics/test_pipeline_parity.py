@@ -18,7 +18,7 @@ from hybrid.models.stage import boundary_dtype, boundary_shape, build_stage, nam
 from hybrid.models.tokens import TokenData, prepare_data
 from hybrid.observe.events import EvalEvent, Event, StepEvent
 from hybrid.runtime.capabilities import capabilities_of
-from hybrid.runtime.edges import open_edges
+from hybrid.runtime.edges import open_edges, tied_ends
 from hybrid.runtime.exchange import add_tied_gradients
 from hybrid.runtime.held_stages import build_held_stages, parameters_of
 from hybrid.runtime.interpreter import Interpreter
@@ -93,23 +93,23 @@ def _pipeline_gradients(job: JobConfig, tokens: TokenData, medium: str) -> dict[
             torch.set_num_threads(1)
             own, _ = replica.place_of_rank(rank)
             edges = open_edges(
-                replica, rank, nodes[rank], addresses, tied=job.model.tied_embeddings, timeout_s=TIMEOUT_S
+                replica, rank, nodes[rank], addresses, model=job.model, token_bytes=0, timeout_s=TIMEOUT_S
             )
             held = build_held_stages(_spec(job, fleet, plan, rank), _backend(fleet, plan, rank))
             interpreter = Interpreter(
                 schedule,
                 own,
                 {one.plan.stage: one.compute for one in held},
-                edges,
+                edges.activations,
                 shape=boundary_shape(job.model, job.batch.microbatch),
                 dtype=boundary_dtype(job.precision),
                 seconds_of=replica.seconds_of,
                 waits=ArrivalHistory(fixed_s=TIMEOUT_S),
             )
             interpreter.run(0, batch_of(job, replica, tokens, 0))
-            parameters, home = parameters_of(held), replica.rank_of_stage
-            other_end = edges.get(home[0] if home[-1] == own else home[-1])
-            add_tied_gradients(job.model, parameters, other_end, step=0, timeout_s=TIMEOUT_S)
+            parameters = parameters_of(held)
+            ends = tied_ends(replica, rank, edges, job.model)
+            add_tied_gradients(job.model, parameters, ends, step=0, timeout_s=TIMEOUT_S)
             found.update({name: parameter.grad.clone() for name, parameter in parameters.items()})
         except BaseException as error:
             failures.append(error)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from hybrid.config import ModelConfig
 from hybrid.runtime.edges import emulated_links, open_edges, peer_pairs
 from hybrid.scheduler.plan import EdgePlan, ReplicaPlan, StagePlan
 
@@ -78,8 +79,10 @@ def test_edges_are_opened_by_the_jobs_ranks_and_known_by_the_pipelines():
     node, checks = Node(), []
     one = replica(0, 1, 2, 0, first_rank=5)
     addresses = {str(rank): f"at {rank}" for rank in range(5, 8)}
-    edges = open_edges(one, 5, node, addresses, tied=True, timeout_s=1.0, before_each=lambda: checks.append(1))
-    assert edges == {1: "edge to 6", 2: "edge to 7"}
+    edges = open_edges(
+        one, 5, node, addresses, model=ModelConfig(), token_bytes=4, timeout_s=1.0, before_each=lambda: checks.append(1)
+    )
+    assert edges.activations == edges.leads == {1: "edge to 6", 2: "edge to 7"}
     assert node.asked == [(6, "at 6"), (7, "at 7")]
     assert len(checks) == 2
 
