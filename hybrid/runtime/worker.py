@@ -334,7 +334,7 @@ class Worker:
 
     def _share_of_loss(self, loss: float) -> float | None:
         """Return what this rank adds to the step's loss in the report; None where another rank tells it."""
-        if not self._held[-1].compute.is_last:
+        if not self._held[-1].compute.is_last or self._place > 0:
             return None
         if self._fragments is not None:  # each replica knows its own only
             return loss * self._replica.num_samples / self._spec.plan.global_batch

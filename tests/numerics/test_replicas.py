@@ -60,8 +60,8 @@ def held_of_rank(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
     kept: dict[int, Any] = {}
     build = worker.build_held_stages
 
-    def building(spec: Any, backend: Any) -> Any:
-        kept[spec.rank] = build(spec, backend)
+    def building(spec: Any, *more: Any) -> Any:
+        kept[spec.rank] = build(spec, *more)
         return kept[spec.rank]
 
     monkeypatch.setattr(worker, "build_held_stages", building)
