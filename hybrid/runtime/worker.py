@@ -11,7 +11,6 @@ import os
 import socket
 import threading
 import time
-import traceback
 from collections.abc import Mapping
 from typing import cast
 
@@ -22,7 +21,7 @@ from hybrid.backends.ahead import compile_ahead
 from hybrid.backends.emulated import EmulatedBackend
 from hybrid.collectives.base import Group
 from hybrid.config import JobConfig
-from hybrid.errors import CommError, HybridError, PeerLost, TrainingDiverged
+from hybrid.errors import PeerLost, TrainingDiverged
 from hybrid.models.stage import boundary_dtype
 from hybrid.models.tokens import TokenData
 from hybrid.runtime import checkpoint
@@ -35,11 +34,11 @@ from hybrid.runtime.evaluation import evaluate
 from hybrid.runtime.exchange import share_squares
 from hybrid.runtime.held_stages import HeldStage, build_held_stages, parameters_of, squares_of
 from hybrid.runtime.interpreter import Interpreter, StepRecord
+from hybrid.runtime.last_words import fault_of
 from hybrid.runtime.messages import (
     CheckpointPart,
     Compiled,
     EvalReport,
-    Fault,
     Finished,
     Hello,
     Ready,
@@ -120,7 +119,7 @@ def run_worker(spec: WorkerSpec) -> None:
     except Exception as error:
         if worker is None:  # the coordinator listens to no one who has not said hello
             control.tell(Hello(rank=spec.rank, token=spec.control.token, pid=os.getpid(), host="", address=""))
-        control.tell(_fault(spec.rank, error))
+        control.tell(fault_of(spec.rank, error))
     finally:
         if door is not None:
             door.close()
@@ -391,16 +390,3 @@ def _patience_s(job: JobConfig) -> float:
 
 def _open_node(spec: WorkerSpec) -> TransportNode:
     return open_node(spec.job.runtime.medium, spec.rank, host=spec.host, token=spec.control.token)
-
-
-def _fault(rank: int, error: Exception) -> Fault:
-    known = isinstance(error, HybridError)
-    oom = isinstance(error, torch.OutOfMemoryError)
-    return Fault(
-        rank=rank,
-        error="DeviceOutOfMemory" if oom else type(error).__name__,
-        text=str(error)[:4000],
-        traceback="".join(traceback.format_exception(error))[-20_000:],
-        exit_code=error.exit_code if isinstance(error, HybridError) else 1,
-        is_consequence=known and isinstance(error, CommError),
-    )
