@@ -15,8 +15,9 @@ from hybrid.transports.base import DEFAULT_WINDOW_BYTES, MIN_WINDOW_BYTES
 from hybrid.wire import MAX_FRAME_BYTES
 
 MAX_STREAMS = 16
-SILENCE = TimeoutRule(initial_s=10.0, floor_s=5.0, cap_s=60.0)
-"""Until a peer's heartbeats were seen to be late, or for good where they come as they should."""
+SILENCE = TimeoutRule(initial_s=30.0, floor_s=15.0, cap_s=120.0)
+"""Long, since a process that holds Python's lock for a while says nothing; a killed one and a dead host are noticed by
+the kernel, within seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,8 @@ class TcpOptions:
     heartbeat_s: float = 1.0
     silence: TimeoutRule = SILENCE
     """How long a peer may say nothing, heartbeats included: follows the longest of its last silences."""
+    lost_after_s: float = 5.0
+    """A host that does not answer the kernel's own probes for this long is lost."""
     handshake_s: float = 5.0
     """How long someone at the door may take to prove the token."""
     max_callers: int = 64
@@ -106,12 +109,12 @@ def make_lively(opened: socket.socket, options: TcpOptions) -> None:
     opened.setblocking(False)
     opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    interval_s = max(1, round(options.silence.floor_s / 5))
+    interval_s = max(1, round(options.lost_after_s / 5))
     opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, interval_s)
     opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval_s)
     opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
     # Of data that the peer's host has not acknowledged: half-open connections end also while we send.
-    opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(options.silence.cap_s * 1000))
+    opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(2 * options.silence.floor_s * 1000))
 
 
 def stays_on_host(opened: socket.socket) -> bool:
