@@ -49,7 +49,15 @@ def measure_planner(*, quick: bool) -> Result:
     """Return every figure of the planner; the benchmark's contract."""
     rows, summary = run(quick)
     shown = [{"part": str(row["part"]), "what": str(row["what"]), "found": str(row["found"])} for row in rows]
-    return Result(rows=rows, summary=summary, shown=shown)
+    goals = {
+        "optimality_worst_gap": 0.01,
+        "sailor_search_s_max": 1.0,
+        "plan_s_3x256": 2.0,
+        "plan_s_million": 10.0,
+        "plan_gib_million": 2.0,
+    }
+    floors = {f"sailor_{a100}_{v100}_its": rate for (a100, v100), rate in SAILOR_ITS.items()}
+    return Result(rows=rows, summary=summary, shown=shown, goals=goals, floors=floors | {"optimality_equal_share": 0.9})
 
 
 def run(quick: bool, data: Path = DATA) -> tuple[list[Row], dict[str, float]]:

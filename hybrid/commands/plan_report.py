@@ -21,7 +21,7 @@ def print_planned(planned: Planned, console: Console) -> None:
     """Print a found plan."""
     choice = planned.choice
     _print_stages(planned, console)
-    lines = [_shares(choice), *_predictions(choice), f"seconds: {planned.problem.table.label}"]
+    lines = [_shares(choice), *_codecs(planned), *_predictions(choice), f"seconds: {planned.problem.table.label}"]
     if planned.misfit is not None:
         lines.append(f"on paper only: {planned.misfit}")
     elif planned.plan is None:
@@ -95,6 +95,17 @@ def _shares(choice: Choice) -> str:
         f"{n:,} of {pool.num_chips:,} {pool.name}" for n, pool in zip(choice.chips, choice.problem.pools, strict=True)
     )
     return f"shares: {'; '.join(words)}\nchips: {used}"
+
+
+def _codecs(planned: Planned) -> list[str]:
+    """Return how many edges carry which narrower codec, where any does."""
+    edges = [] if planned.plan is None else [edge.codec for r in planned.plan.replicas for edge in r.edges]
+    narrow = sorted({codec for codec in edges if codec != "none"})
+    return (
+        [f"edges: {', '.join(f'{codec} on {edges.count(codec)}' for codec in narrow)} of {len(edges)}"]
+        if narrow
+        else []
+    )
 
 
 def _predictions(choice: Choice) -> list[str]:
