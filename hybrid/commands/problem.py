@@ -47,6 +47,13 @@ def problem_of(job: JobConfig, fleet: Fleet | None, brought: Brought | None = No
         UnsupportedFormat: a chip lacks the precision; names the island.
     """
     words, brought = job.planner or PlannerConfig(), brought or Brought()
+    if job.stages_per_rank is not None:
+        raise PlanError(
+            "the search puts one stage on a rank, or two where the schedule does",
+            value=str(job.stages_per_rank),
+            where="stages_per_rank",
+            fix="leave it out, or plan without the search",
+        )
     pools = _pools(job, fleet, brought)
     sizes = _microbatches(job, words)
     profile = brought.profile or words.profile

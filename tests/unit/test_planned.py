@@ -176,6 +176,7 @@ def test_a_plan_is_written_as_groups_of_replicas_where_the_file_is_json(capsys, 
         (["--objective", "speed"], r"no such choice.*valid: throughput"),
         (["--objective", "deadline"], r"objective deadline needs deadline_s"),
         (["--set", "planner.microbatches=[3]"], r"a microbatch does not divide the global batch.*valid: 1, 2, 4"),
+        (["--objective", "throughput", "--set", "stages_per_rank=2"], r"stages_per_rank: the search puts one stage"),
         (["--pools", "nowhere.json"], r"the pools file cannot be read"),
     ],
 )
