@@ -12,6 +12,10 @@ BENCHES: Mapping[str, tuple[str, str]] = {
         "hybrid.bench.allreduce:measure_allreduce",
         "Sums over two and four processes of this host: our groups and gloo.",
     ),
+    "ddp": (
+        "hybrid.bench.ddp:measure_ddp",
+        "torch's DDP over two processes of this host: the backend hybrid and gloo.",
+    ),
     "kernels": (
         "hybrid.bench.kernels:measure_kernels",
         "The CPU kernels against plain torch: time and peak memory.",

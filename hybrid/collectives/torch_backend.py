@@ -48,7 +48,11 @@ def create_group(arguments: Any, options: Any) -> HybridProcessGroup:
     if world is None:
         world, members = World(store, rank, size, options or HybridOptions(), timeout_s), tuple(range(size))
     name = hashlib.sha256(f"{arguments.group_id} {number}".encode()).hexdigest()[:24]
-    group = HybridProcessGroup(world, members, store=store, name=name, timeout_s=timeout_s)
+    try:
+        group = HybridProcessGroup(world, members, store=store, name=name, timeout_s=timeout_s)
+    except BaseException:
+        world.close_if_unused()
+        raise
     _alive.add(group)
     return group
 

@@ -14,8 +14,9 @@ from typing import Any, final
 
 import torch
 
-from hybrid.collectives import open_group
+from hybrid.collectives import open_group, open_island_group
 from hybrid.collectives.base import Group
+from hybrid.collectives.shm_group import ShmGroup
 from hybrid.collectives.torch_facts import (
     RankFacts,
     exchange,
@@ -55,6 +56,14 @@ def transport_between(one: RankFacts, other: RankFacts) -> str:
             valid=[AUTO, *(name for name in transports() if name not in _STAY_ON_HOST)],
         )
     return one.transport
+
+
+def hosts_of(members: Sequence[RankFacts]) -> list[list[int]]:
+    """Return the ranks of each host, hosts in order of their first rank."""
+    ranks_of_host: dict[str, list[int]] = {}
+    for member in members:
+        ranks_of_host.setdefault(member.host, []).append(member.rank)
+    return list(ranks_of_host.values())
 
 
 def transports() -> tuple[str, ...]:
@@ -119,8 +128,24 @@ class World:
 
     def open_group(self, ranks: Sequence[int], name: str, timeout_s: float) -> Group:
         """Return the group of some of the world's ranks, this one among them; waits for no one."""
-        edges = {rank: self._edges[rank] for rank in ranks if rank != self.rank}
-        return open_group(edges, ranks, self.rank, name=name, timeout_s=timeout_s, link=self._link)
+        if self._link == WITHIN_HOST:
+            return self._shm_group(ranks, name, timeout_s)
+        hosts = hosts_of([self.facts[rank] for rank in ranks])
+        if len(hosts) == 1 or len(hosts) == len(ranks) or [rank for host in hosts for rank in host] != list(ranks):
+            return open_group(self._edges, ranks, self.rank, name=name, timeout_s=timeout_s, link=self._link)
+        own = next(host for host in hosts if self.rank in host)
+        inner = self._inner_group(own, f"{name}:inner", timeout_s)
+        return open_island_group(self._edges, hosts, self.rank, inner, name=name, timeout_s=timeout_s)
+
+    def _inner_group(self, ranks: Sequence[int], name: str, timeout_s: float) -> Group:
+        if self.facts[self.rank].transport == AUTO:
+            return self._shm_group(ranks, name, timeout_s)
+        return open_group(self._edges, ranks, self.rank, name=name, timeout_s=timeout_s, link=self._link)
+
+    def _shm_group(self, ranks: Sequence[int], name: str, timeout_s: float) -> Group:
+        edges = {position: self._edges[rank] for position, rank in enumerate(ranks) if rank != self.rank}
+        position = list(ranks).index(self.rank)
+        return ShmGroup(rank=position, ranks=ranks, edges=edges, name=name, timeout_s=timeout_s)
 
     @property
     def closed(self) -> bool:
@@ -138,6 +163,11 @@ class World:
             self._num_users -= 1
             last = self._num_users == 0
         if last:
+            self.close()
+
+    def close_if_unused(self) -> None:
+        """Close a world that no group has entered."""
+        if self._num_users == 0:
             self.close()
 
     def close(self) -> None:

@@ -74,9 +74,10 @@ class RankProcesses:
         return [value for _, value in results]
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Call `function` in every process, and do not wait; one `result` for each rank must follow."""
-        for end in self._ends:
-            end.send((function, arguments))
+        """Call `function` in every process that lives, and do not wait; one `result` for each rank must follow."""
+        for end, process in zip(self._ends, self._processes, strict=True):
+            if process.is_alive():
+                end.send((function, arguments))
 
     def result(self, rank: int, timeout_s: float) -> tuple[bool, Any]:
         """Return whether the function returned in one process, and its value or else its traceback."""
@@ -87,11 +88,6 @@ class RankProcesses:
         except (EOFError, ConnectionResetError):
             raise PeerLost(f"the process of rank {rank} has ended") from None
         return answer
-
-    def kill(self, rank: int) -> None:
-        """SIGKILL one process."""
-        self._processes[rank].kill()
-        self._processes[rank].join(_END_S)
 
     def close(self) -> None:
         """End the processes and remove the stores."""
