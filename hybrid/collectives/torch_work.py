@@ -119,7 +119,8 @@ class HybridWork(dist.Work):  # type: ignore[misc]
         with self._settling:
             if self._future is not None:
                 return self._future
-            self._promise = torch.futures.Future(devices=_devices_of(self._results))
+            # No devices: what is copied back to one is there before the result is set.
+            self._promise = torch.futures.Future()
             # Only an error raised in a callback reaches C++ as an error: DDP's reducer waits there.
             self._future = self._promise.then(lambda promise: promise.value())
         if self._ended:
@@ -210,10 +211,6 @@ class Completer:
             except CommTimeout as error:
                 if time.monotonic() >= head.deadline_s:
                     head.fail(error)
-
-
-def _devices_of(tensors: Sequence[torch.Tensor]) -> list[Any]:
-    return sorted({x.device for x in tensors if x.device.type != "cpu"}, key=str)
 
 
 def _nothing() -> None:

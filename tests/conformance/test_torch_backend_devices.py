@@ -31,7 +31,8 @@ def test_the_vendors_library_is_used_where_it_reaches_every_member(members: list
     assert native_device(members) == device
 
 
-@pytest.fixture(scope="module")
+# New processes for each test: the fake device is installed before the first backward.
+@pytest.fixture
 def ranks() -> Iterator[RankProcesses]:
     with RankProcesses(2) as ranks:
         yield ranks
@@ -72,7 +73,25 @@ def _on_devices(rank: int, size: int, store: str, neuron_ranks: list[int]) -> di
         dist.barrier()
         native = dist.group.WORLD._native_group
         found["native"] = None if native is None else native.getBackendName()
+        found["weights"] = _ddp(rank, device)
     return found
+
+
+def _ddp(rank: int, device: str) -> list[float]:
+    import torch
+    from torch import nn
+
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).to(device)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for step in range(3):
+        x = torch.full((2, 4), 0.1 * (rank + step)).to(device)
+        wrapped.zero_grad()
+        wrapped(x).square().sum().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad  # type: ignore[operator]
+    return torch.cat([parameter.detach().cpu().flatten() for parameter in model.parameters()]).tolist()
 
 
 def _check(found: list[dict[str, Any]], native: str | None, devices: list[str]) -> None:
@@ -84,10 +103,11 @@ def _check(found: list[dict[str, Any]], native: str | None, devices: list[str]) 
         assert each["host"] == [2.0, 2.0]
         assert each["objects"] == devices
         assert each["native"] == native
+    assert found[0]["weights"] == found[1]["weights"]
 
 
 @pytest.mark.slow
-def test_a_rank_on_trainium_and_one_on_the_cpu_meet_through_the_host(ranks: RankProcesses) -> None:
+def test_a_rank_on_trainium_and_one_on_the_cpu_train_one_model_through_the_host(ranks: RankProcesses) -> None:
     found = ranks.run(_on_devices, ranks.new_store(), [0], timeout_s=90.0)
     _check(found, None, ["neuron", "cpu"])
 
