@@ -71,20 +71,15 @@ def test_each_algorithm_keeps_the_clauses_of_results(operation: str, algorithm: 
 def test_the_variant_keeps_the_clause_at_every_size_and_format(variant: str, clause: str, size: int) -> None:
     world = partial(open_island_world, "inproc") if variant == "islands" else WORLD_OF_VARIANT[variant]
     sizes = (max(size, 2),) if clause in ("order", "point to point", "asynchronous") else (size,)
-    GroupKit(world, sizes=sizes, counts=(0, 1, 1001, 70_001), patience_s=30.0).check(clause)
+    GroupKit(world, sizes=sizes, counts=(0, 1, 1001, 20_001), patience_s=30.0).check(clause)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("segment_bytes", [64, 1 << 20])
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("operation", "algorithm"), CHOSEN)
-def test_each_algorithm_gives_the_reference_over_each_transport(
-    operation: str, algorithm: str, variant: str, segment_bytes: int
-) -> None:
-    world = partial(open_transport_world, variant, table=_table(operation, algorithm, segment_bytes))
-    counts = (1, 301) if segment_bytes == 64 else (0, 1, 70_001)
-    kit = GroupKit(world, sizes=(2, 3, 4, 5), dtypes=DTYPES, counts=counts, patience_s=30.0)
-    for clause in ("same bits", "numerics", "reductions", "moves", "uneven", "large"):
-        if clause != "large" or segment_bytes > 64:
-            kit.check(clause)
+def test_each_algorithm_gives_the_reference_over_each_transport(operation: str, algorithm: str, variant: str) -> None:
+    world = partial(open_transport_world, variant, table=_table(operation, algorithm, 512))
+    kit = GroupKit(world, sizes=(2, 3, 4, 5), dtypes=DTYPES, counts=(0, 1, 1001), patience_s=30.0)
+    for clause in CLAUSES_OF_OPERATION[operation]:
+        kit.check(clause)
