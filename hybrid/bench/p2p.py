@@ -86,24 +86,23 @@ def open_team(num_ranks: int, sizes: tuple[int, ...], folder: str) -> Team:
     return team
 
 
-def _arms() -> tuple[str, ...]:
+def arms() -> tuple[str, ...]:
     """Return what is compared; `shm-lent` reads each message in the ring, a byte a page, instead of copying it out."""
     return ("memcpy", "gloo", "shm-lent", *transports())
 
 
 def _run(team: Team, settings: Settings) -> Times:
     times: Times = defaultdict(list)
-    arms = _arms()
     for size_bytes in settings.sizes:
         count = settings.count(size_bytes)
         for turn in range(settings.turns + 1):
-            for arm in rotated(arms, turn):
+            for arm in rotated(arms(), turn):
                 rate = count * size_bytes / _seconds(team, arm, size_bytes, count)
                 if turn:  # the first turn warms up
                     times["one way", arm, size_bytes].append(rate)
     smallest = min(settings.sizes)
     for turn in range(settings.turns + 1):
-        for arm in rotated(arms[1:], turn):
+        for arm in rotated(arms()[1:], turn):
             message = PingPong(arm=arm, size_bytes=smallest, count=settings.round_trips)
             seconds = team.ask(dict.fromkeys(_NAMES, message))["rank_0"]
             if turn:
@@ -133,6 +132,7 @@ def _result(settings: Settings, times: Times) -> Result:
     summary, goals = {}, {}
     if "shm" in VARIANTS:
         summary["shm_vs_memcpy_16mib"] = ratio("shm", "memcpy", 16 * MIB)
+        summary["shm_lent_vs_memcpy_16mib"] = ratio("shm-lent", "memcpy", 16 * MIB)
         summary["shm_latency_us_4kib"] = 1e6 * statistics.median(times["latency", "shm", 4 * KIB])
     summary["zmq_vs_gloo_16mib"] = ratio("zmq-tcp", "gloo", 16 * MIB)
     goals["shm_latency_us_4kib"] = 60.0
@@ -164,7 +164,7 @@ def _rows(times: Times, ratio: Callable[[str, str, int], float]) -> Iterator[Row
 
 
 def _shown(settings: Settings, times: Times) -> Iterator[Mapping[str, str]]:
-    for arm in _arms():
+    for arm in arms():
         latency = times.get(("latency", arm, min(settings.sizes)))
         line = {"GB/s one way": arm}
         for size_bytes in settings.sizes:
