@@ -154,10 +154,14 @@ class HybridWork(dist.Work):  # type: ignore[misc]
             promise, self._promise = self._promise, None
         if promise is None:
             return
-        if self._failure is None:
-            promise.set_result(self._results)
-        else:
-            promise.set_exception(self._failure)
+        failure = self._failure
+        if failure is None:
+            try:
+                promise.set_result(self._results)
+            except RuntimeError as error:  # torch refuses the value: who waits for the future must hear of it
+                failure = error
+        if failure is not None:
+            promise.set_exception(failure)
 
 
 @final
