@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,7 +111,7 @@ def all_reduce_small(call: Call, x: Tensor) -> Iterator[Pending]:
     """
     board = call.board
     board.begin()
-    board.own[: x.nbytes].copy_(x.view(torch.uint8))
+    _copy(board.own[: x.nbytes], x.view(torch.uint8))
     call.write_header(1, [x.nbytes] * board.size)
     yield board.post()
     call.read_headers([x.nbytes] * board.size)
@@ -145,7 +146,7 @@ def all_reduce_bucket(
         fold(call, parts, parts[board.rank])
         for member, part in enumerate(parts):
             if member != board.rank:
-                part.copy_(parts[board.rank])
+                _copy(part, parts[board.rank])
     board.begin()
     yield board.post()
 
@@ -170,10 +171,10 @@ def all_reduce_staged(call: Call, x: Tensor) -> Iterator[Pending]:
         board.begin()
         for member, tiles in enumerate(tile_of):
             if member != board.rank and number < len(tiles):
-                region(board.own, member, tiles[number]).copy_(tiles[number])
+                _copy(region(board.own, member, tiles[number]), tiles[number])
         if 0 < number <= len(tile_of[board.rank]):
             done = tile_of[board.rank][number - 1]
-            region(board.own, board.size, done).copy_(done)
+            _copy(region(board.own, board.size, done), done)
         if number == 0:
             call.write_header(1, [x.nbytes] * board.size)
         yield board.post()
@@ -184,7 +185,7 @@ def all_reduce_staged(call: Call, x: Tensor) -> Iterator[Pending]:
             fold(call, _gathered(board, mine, region), mine)
         for member, tiles in enumerate(tile_of):
             if member != board.rank and 0 < number <= len(tiles):
-                tiles[number - 1].copy_(region(board.of(member), board.size, tiles[number - 1]))
+                _copy(tiles[number - 1], region(board.of(member), board.size, tiles[number - 1]))
 
 
 def reduce_scatter(call: Call, out: Tensor, inputs: Sequence[Tensor]) -> Iterator[Pending]:
@@ -204,7 +205,7 @@ def reduce_scatter(call: Call, out: Tensor, inputs: Sequence[Tensor]) -> Iterato
     def write(number: int) -> None:
         for member, tiles in enumerate(given):
             if member != board.rank and number < len(tiles):
-                region(board.own, member, tiles[number]).copy_(tiles[number])
+                _copy(region(board.own, member, tiles[number]), tiles[number])
 
     def read(number: int) -> None:
         if number < len(taken):
@@ -224,7 +225,7 @@ def reduce_to_root(call: Call, x: Tensor, root: int) -> Iterator[Pending]:
 
     def write(number: int) -> None:
         if board.rank != root and number < len(tiles):
-            board.own[: tiles[number].nbytes].copy_(tiles[number].view(torch.uint8))
+            _copy(board.own[: tiles[number].nbytes], tiles[number].view(torch.uint8))
 
     def read(number: int) -> None:
         if board.rank == root and number < len(tiles):
@@ -252,12 +253,12 @@ def show_to_all(call: Call, given: Tensor | None, taken: Sequence[Tensor | None]
 
     def write(number: int) -> None:
         if number < len(shown):
-            board.own[: shown[number].nbytes].copy_(shown[number])
+            _copy(board.own[: shown[number].nbytes], shown[number])
 
     def read(number: int) -> None:
         for member, places in enumerate(landing):
             if member != board.rank and number < len(places):
-                places[number].copy_(board.of(member)[: places[number].nbytes])
+                _copy(places[number], board.of(member)[: places[number].nbytes])
 
     sizes = [0 if given is None else given.nbytes] * board.size
     expected = [None if place is None else place.nbytes for place in taken]
@@ -280,13 +281,13 @@ def give_to_each(call: Call, given: Sequence[Tensor | None], taken: Sequence[Ten
     def write(number: int) -> None:
         for member, tiles in enumerate(shown):
             if number < len(tiles):
-                board.own[member * step : member * step + tiles[number].nbytes].copy_(tiles[number])
+                _copy(board.own[member * step : member * step + tiles[number].nbytes], tiles[number])
 
     def read(number: int) -> None:
         for member, places in enumerate(landing):
             if member != board.rank and number < len(places):
                 start = board.rank * step
-                places[number].copy_(board.of(member)[start : start + places[number].nbytes])
+                _copy(places[number], board.of(member)[start : start + places[number].nbytes])
 
     sizes = [0 if x is None else x.nbytes for x in given]
     expected = [None if x is None else x.nbytes for x in taken]
@@ -325,6 +326,11 @@ def _rounds(
             _, most = call.read_headers(expected)
         read(number)
         number += 1
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """Copy equally many bytes in this thread: torch would wake its pool, whose threads spin where cores are scarce."""
+    np.copyto(target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
 
 
 def _gathered(board: Board, own: Tensor, region: Callable[[Tensor, int, Tensor], Tensor]) -> list[Tensor]:
