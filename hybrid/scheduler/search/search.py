@@ -146,7 +146,8 @@ def _generate(problem: Problem, tables: list[OptionTable], known: Found | None) 
     for part in _parts(problem):
         here = tables if part is problem else [OptionTable(part, table.microbatch) for table in tables]
         here = [table for table in here if table.options]
-        for replicas in _guesses(part, known):
+        # A part of a large fleet is planned as roughly as the fleet is.
+        for replicas in _guesses(part, known, is_few=problem.num_chips <= FEW_CHIPS):
             found, made = _best_of_part(part, here, replicas)
             columns += made if part is problem else []
             choices += found if part is problem else [_lifted(problem, tables, choice) for choice in found]
@@ -304,11 +305,11 @@ def _first_guess(problem: Problem, tables: list[OptionTable]) -> float:
     return 3 * problem.global_batch / rate if rate else 1.0
 
 
-def _guesses(problem: Problem, known: Found | None) -> list[int]:
+def _guesses(problem: Problem, known: Found | None, *, is_few: bool) -> list[int]:
     """Return about how many replicas to count on: it decides what a reduction costs, the less the more there are."""
     num_chips = sum(pool.num_chips for pool in problem.pools)
     most = min(problem.global_batch, num_chips, problem.vocabulary.max_replicas or num_chips)
-    if num_chips > FEW_CHIPS:
+    if not is_few:
         return [max(1, min(most, num_chips // 4))]
     if known is not None:
         near = known.choice.num_replicas
