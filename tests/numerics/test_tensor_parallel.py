@@ -14,6 +14,8 @@ from hybrid.models.axis_functions import Cut, Join
 from hybrid.models.shards import shard_of
 from hybrid.models.stage import Stage, build_stage, named_state
 from hybrid.models.tensor_parallel import TensorParallel
+from hybrid.runtime.axes import StageAxes
+from hybrid.runtime.stage_sums import counted_squares, sum_gradients
 from hybrid.scheduler.reshard import cut
 from hybrid.testing.stage_threads import run_on_axis
 
@@ -177,3 +179,32 @@ def test_tokens_that_do_not_divide_are_joined_and_cut_without_a_loss(num_tokens:
     for joined, _, whole_grad in found:
         assert torch.equal(joined, whole)
         assert torch.equal(whole_grad, whole * 3)
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_the_norm_of_cut_gradients_is_the_whole_models_and_shared_heads_hold_one_sum(
+    num_kv_heads: int, sequence_parallel: bool
+) -> None:
+    model = MODEL.model_copy(update={"num_kv_heads": num_kv_heads})
+
+    def gradients(parallel: TensorParallel | None) -> Stage:
+        stage = build_stage(model, 0, LAST + 1, seed=5, dtype=torch.float64, parallel=parallel)
+        stage.loss(stage(_input(stage)), _targets()).backward()
+        return stage
+
+    def work(axis: Axis) -> tuple[dict[int, float], Tensor]:
+        stage = gradients(TensorParallel(axis=axis, sequence_parallel=sequence_parallel))
+        axes = StageAxes(tensor=axis, width=None)
+        sum_gradients(stage, axes)
+        return counted_squares(stage, axes), named_state(stage)["block.00.attention.key.weight"].grad
+
+    whole = gradients(None)
+    found = run_on_axis(4, work)
+    wanted = counted_squares(whole, StageAxes(tensor=None, width=None))
+    assert found[0][0] == pytest.approx(wanted, rel=1e-13)
+    assert all(squares == found[0][0] for squares, _ in found), "every rank has the same bits"
+    copies = 4 // num_kv_heads
+    heads = torch.cat([found[rank][1] for rank in range(0, 4, copies)])
+    torch.testing.assert_close(heads, named_state(whole)["block.00.attention.key.weight"].grad, rtol=1e-12, atol=1e-16)
+    assert all(torch.equal(found[rank][1], found[rank // copies * copies][1]) for rank in range(4))
