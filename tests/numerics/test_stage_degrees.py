@@ -92,7 +92,8 @@ def _reference(job: JobConfig) -> list[Event]:
 
 def _losses(events: list[Event]) -> list[float]:
     """Return the loss of each step, and the held-out loss."""
-    return [e.loss for e in events if isinstance(e, StepEvent | EvalEvent)]
+    # An evaluation may be told before the last rank has reported its step.
+    return [e.loss for kind in (StepEvent, EvalEvent) for e in events if isinstance(e, kind)]
 
 
 def _norms(events: list[Event]) -> list[float]:
