@@ -114,6 +114,7 @@ def open_edges(
     token_bytes: int,
     timeout_s: float,
     before_each: Callable[[], None] = lambda: None,
+    coded: Callable[[Transport], Transport] = lambda edge: edge,
 ) -> Edges:
     """Return the open transports to each rank of other stages that this one talks to.
 
@@ -122,6 +123,7 @@ def open_edges(
         address_of_rank: of the job's ranks, by their number as text.
         token_bytes: of one token's activation.
         before_each: called before each wait for a peer; may raise.
+        coded: laid around each transport that takes activations, where the plan's edges name codecs.
 
     Raises:
         CommTimeout, PeerLost: a peer did not come.
@@ -137,10 +139,11 @@ def open_edges(
             peer = high if rank == low else low
             of_rank[peer] = node.open(peer, address_of_rank[str(peer)], timeout_s=timeout_s)
     others = [pair[1 - pair.index(own)] for pair in pairs]
+    coded_of_rank = {peer: coded(edge) for peer, edge in of_rank.items()}
     return Edges(
         of_rank=of_rank,
         activations={
-            other: _activation_edge(replica, own, other, place, of_rank, model.sequence_length, token_bytes)
+            other: _activation_edge(replica, own, other, place, coded_of_rank, model.sequence_length, token_bytes)
             for other in others
         },
         leads={other: of_rank[replica.groups[other][0]] for other in others if place == 0},

@@ -48,7 +48,10 @@ def check_plan(plan: Plan) -> None:
     """
     for what, found in (
         ("narrow gradients of float64", plan.precision == "fp64" and plan.gradient_codec != "none"),
-        ("a codec on an edge", any(edge.codec != "none" for replica in plan.replicas for edge in replica.edges)),
+        (
+            "narrow activations of float64",
+            plan.precision == "fp64" and any(edge.codec != "none" for r in plan.replicas for edge in r.edges),
+        ),
     ):
         if found:
             raise PlanError(f"the worker does not run {what}", where="plan", fix="plan the job without")

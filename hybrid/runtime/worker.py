@@ -27,6 +27,7 @@ from hybrid.models.tokens import TokenData
 from hybrid.runtime import checkpoint
 from hybrid.runtime.axes import SINGLE
 from hybrid.runtime.capabilities import capabilities_of
+from hybrid.runtime.coded_edge import coding_of
 from hybrid.runtime.control import ControlLine
 from hybrid.runtime.diloco import Fragments
 from hybrid.runtime.edges import degrees_of, emulated_links, open_edges
@@ -187,6 +188,7 @@ class Worker:
             token_bytes=job.model.hidden_size * boundary_dtype(job.precision).itemsize,
             timeout_s=self._waits.timeout_s,
             before_each=self._check_not_aborted,
+            coded=coding_of(replica, boundary_dtype(job.precision)),
         )
         self._axes = open_axes(
             replica,
