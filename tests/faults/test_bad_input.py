@@ -121,7 +121,7 @@ WRONG_JOBS: dict[str, tuple[str, object, tuple[str, ...]]] = {
         "/proc/runs",
         ("runs_dir: nothing can be written there", "(got '/proc/runs')"),
     ),
-    "inproc between processes": ("runtime.placement", "ray", ("inproc joins threads of one process", "zmq")),
+    "inproc between processes": ("runtime.placement", "ray", ("inproc joins threads of one process", "transport tcp")),
     "catalog that is not there": ("fleet.catalog", "mine.yaml", ("catalog file cannot be read", "mine.yaml")),
 }
 
