@@ -49,7 +49,7 @@ def main(folder: Path, precision: str, kind: str) -> None:
     for stage, row in zip(plan.stages, islands, strict=True):
         island = fleet.island(row["name"])
         stages.append(replace(stage, island=island.name, chip=island.chip.name, backend=island.backend))
-    plan = replace(plan, stages=tuple(stages))
+    plan = replace(plan, replicas=(replace(plan.replica, stages=tuple(stages)),))
     events: list[Event] = []
     wanted: list[Event] = []
     train(job, fleet, plan, _placement(kind), resume=None, sink=events.append, started_s=time.monotonic())
