@@ -254,10 +254,12 @@ def _tied(job):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("codec", "number", "overlap"), [("none", 1, 0), ("fp8", 1, 0), ("fp8", 4, 2), ("int4", 4, 2)])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("codec", "number", "overlap", "warmup"), [("fp8", 1, 0, 0), ("fp8", 1, 0, 30)], ids=["from the start", "warmed up"]
+)
 def test_meeting_every_twentieth_step_ends_within_two_percent_of_meeting_at_every_step(
-    tmp_path, codec, number, overlap
+    tmp_path, codec, number, overlap, warmup
 ):
     torch.set_num_threads(1)
     job = real_job(tmp_path, 600)
@@ -265,12 +267,14 @@ def test_meeting_every_twentieth_step_ends_within_two_percent_of_meeting_at_ever
     together = train_alone(job, tokens)
 
     def call(rank, group):
-        return train_replica(job, tokens, rank, group, codec=codec, every=20, number=number, overlap=overlap)
+        return train_replica(
+            job, tokens, rank, group, codec=codec, every=20, number=number, overlap=overlap, warmup=warmup
+        )
 
     (loss, sent, mine), (_, _, theirs) = run_replicas(call)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     num_bytes = sum(x.numel() * 4 for x in mine.values())
-    synchronous = job.steps * 2 * (REPLICAS - 1) / REPLICAS * num_bytes
-    print(f"{codec} x {number}: {loss:.4f} against {together:.4f} nats; {synchronous / sent:.1f} times fewer bytes")
+    fewer = job.steps * 2 * (REPLICAS - 1) / REPLICAS * num_bytes / sent
+    print(f"{codec}, {warmup} steps of warm-up: {loss:.4f} against {together:.4f} nats; {fewer:.1f} times fewer bytes")
     assert loss <= together * 1.02
-    assert synchronous / sent >= (20 if codec != "none" else 19)
+    assert fewer >= 20
