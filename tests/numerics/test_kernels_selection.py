@@ -76,7 +76,7 @@ def test_importing_and_using_the_kernels_on_a_cpu_imports_neither_triton_nor_nki
         "names = {name.split('.')[0] for name in sys.modules}\n"
         "print(sorted(names & {'triton', 'nki', 'hybrid', 'ml_dtypes'}))\n"
     )
-    # Where the whole package is installed, torch itself loads the entry point of its backend: here only the kernels count.
+    # Where the whole package is installed, torch loads its backend's entry point: here only the kernels count.
     environment = {"PYTHONPATH": str(KERNELS), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100)
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
