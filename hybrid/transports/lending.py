@@ -44,10 +44,15 @@ class Lender(ABC):
 def lend(edge: Transport, tag: str, sizes: Sequence[int]) -> Lent:
     """Return a receive whose message can be read where the medium has put it, over any transport.
 
+    A message of more than half the window is received into memory of its own: two of them, lent, would leave the
+    medium no room for the rest of either.
+
     Args:
         sizes: bytes of each buffer; another message raises ProtocolError at the wait, as with `Transport.recv`.
     """
-    return edge.lend(tag, sizes) if isinstance(edge, Lender) else _Received(edge, tag, sizes)
+    if isinstance(edge, Lender) and sum(sizes) <= edge.window_bytes // 2:
+        return edge.lend(tag, sizes)
+    return _Received(edge, tag, sizes)
 
 
 @final
